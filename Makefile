@@ -1,0 +1,31 @@
+# make demo   locks scikit-learn's digits, and trains on them, on the CPU
+# make test   runs the tests
+# Both make a virtual environment in VENV first, unless it is there.
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+INSTALLED = $(VENV)/.installed-$(shell cksum < requirements.txt | cut -d ' ' -f 1)
+
+.PHONY: demo test lint
+demo: export PATH := $(abspath $(BIN)):$(PATH)
+demo: $(INSTALLED)
+	rm -rf logs/checkpoints/digits/preresnet8
+	python -m models.base --dataset digits --adv-train 0 --arch preresnet8 \
+		--out-dir ./logs/checkpoints/digits --exp-name preresnet8
+	python lock.py --dataset digits --arch preresnet8 --lock-data ./data/digits --overwrite \
+		--resume-path ./logs/checkpoints/digits/preresnet8/checkpoint.pt.best \
+		--lock-method basic --eps 2.0 --attack-lr 0.4 --attack-steps 20
+	python train.py --work-path ./experiments/digits/preresnet8 --overwrite
+	@echo
+	@echo "Look at the curves: $(BIN)/tensorboard --logdir experiments/digits"
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -q
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+
+$(INSTALLED): requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -r requirements.txt pytest ruff
+	touch $@

@@ -1,0 +1,31 @@
+"""The architectures that train.py trains: CIFAR-ZOO's AlexNet, VGG, ResNet, PreResNet and DenseNet-BC."""
+
+from functools import partial
+
+from models.alexnet import AlexNet
+from models.densenet import DenseNet
+from models.resnet import ResNet
+from models.vgg import VGG
+
+MODELS = {
+    "alexnet": AlexNet,
+    "vgg11": partial(VGG, 11),
+    "vgg13": partial(VGG, 13),
+    "vgg16": partial(VGG, 16),
+    "vgg19": partial(VGG, 19),
+    "resnet20": partial(ResNet, 20),
+    "resnet32": partial(ResNet, 32),
+    "resnet44": partial(ResNet, 44),
+    "resnet56": partial(ResNet, 56),
+    "resnet110": partial(ResNet, 110),
+    "resnet1202": partial(ResNet, 1202),
+    "preresnet8": partial(ResNet, 8, preact=True),
+    "preresnet20": partial(ResNet, 20, preact=True),
+    "preresnet32": partial(ResNet, 32, preact=True),
+    "preresnet44": partial(ResNet, 44, preact=True),
+    "preresnet56": partial(ResNet, 56, preact=True),
+    "preresnet110": partial(ResNet, 110, preact=True),
+    "preresnet1202": partial(ResNet, 1202, preact=True),
+    "densenet100bc": partial(DenseNet, 100, growth_rate=12),
+    "densenet190bc": partial(DenseNet, 190, growth_rate=40),
+}

@@ -1,0 +1,264 @@
+"""Base classifiers: trained by robustness, loaded from its checkpoints. The only file that knows robustness.
+
+    python -m models.base --dataset cifar --data ./data/cifar10 --adv-train 0 --arch resnet50 \\
+        --out-dir ./logs/checkpoints/dir/ --exp-name resnet50
+
+takes the flags of `python -m robustness.main` (robustness 1.2.1, 2020: its last release) and trains with
+robustness' own loop, data sets, checkpoints and store. What that release needs on today's machines is in
+the part "To run robustness today".
+"""
+
+import inspect
+import os
+import sys
+import types
+import warnings
+from argparse import RawDescriptionHelpFormatter
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+from PIL import Image
+from torch import nn
+from torch.hub import load_state_dict_from_url
+from torchvision import transforms
+
+import utils
+from models import MODELS
+from utils import DATASETS, UserError
+
+# To run robustness today
+
+# Three of its files import this torchvision module, which is gone; the function lives on in torch.hub.
+_gone = types.ModuleType("torchvision.models.utils")
+_gone.load_state_dict_from_url = load_state_dict_from_url
+sys.modules.setdefault(_gone.__name__, _gone)
+# It imports GitPython to note its own version, which otherwise fails where there is no git.
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+from robustness import cifar_models, data_augmentation  # noqa: E402
+from robustness import datasets as robustness_datasets  # noqa: E402
+from robustness.attacker import AttackerModel  # noqa: E402
+from robustness.model_utils import DummyModel  # noqa: E402
+
+
+@contextmanager
+def cuda_optional():
+    """Without a GPU, let .cuda() return its tensor or module unchanged: robustness calls it on everything."""
+    if torch.cuda.is_available():
+        yield
+        return
+    stay = {"cuda": lambda self, *args, **kwargs: self}
+    with mock.patch.multiple(torch.Tensor, **stay), mock.patch.multiple(nn.Module, **stay), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*pin_memory.*")  # its loaders always pin
+        yield
+
+
+# The digits, as a data set of robustness
+
+
+class DigitsImages(torch.utils.data.Dataset):
+    """The digits as robustness' loaders want them: PIL images, transformed one by one."""
+
+    def __init__(self, root, train, download, transform):
+        self.data, self.labels = DATASETS["digits"].load(root, train)
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        image = Image.fromarray(self.data[index].permute(1, 2, 0).numpy())
+        return self.transform(image), int(self.labels[index])
+
+
+class Digits(robustness_datasets.DataSet):
+    """utils.load_digits as a robustness data set."""
+
+    def __init__(self, data_path, **kwargs):
+        super().__init__(
+            "digits",
+            data_path,
+            num_classes=10,
+            mean=torch.tensor(DATASETS["digits"].mean),
+            std=torch.tensor(DATASETS["digits"].std),
+            custom_class=DigitsImages,
+            # robustness' own augmentation, less the flip and the colours: a mirrored 2 is no 2
+            transform_train=transforms.Compose(
+                [transforms.RandomCrop(32, padding=2), transforms.RandomRotation(2), transforms.ToTensor()]
+            ),
+            transform_test=data_augmentation.TEST_TRANSFORMS_DEFAULT(32),
+        )
+
+    def get_model(self, arch, pretrained):
+        return build_classifier(arch, self.num_classes)
+
+
+ROBUSTNESS_DATASETS = {
+    "cifar": robustness_datasets.CIFAR,
+    "cifar10": robustness_datasets.CIFAR,
+    "digits": Digits,
+}
+
+# Build and load
+
+# Its CIFAR architectures are the functions of cifar_models, less a self-test and one with a broken argument.
+ROBUSTNESS_MODELS = {
+    name: value
+    for name, value in vars(cifar_models).items()
+    if inspect.isfunction(value) and name not in ("test", "ResNet18Thin")
+}
+ARCHITECTURES = {**MODELS, **ROBUSTNESS_MODELS}  # a name that both have (vgg19) is robustness'
+
+
+def build_classifier(arch, num_classes=10):
+    """An untrained classifier of normalised images [N, 3, H, W]; raises UserError where arch is unknown.
+
+    The project's own models are wrapped so that they take the arguments that AttackerModel passes.
+    """
+    utils.check_known(arch, ARCHITECTURES, "--arch")
+    model = ARCHITECTURES[arch](num_classes=num_classes)
+    return model if arch in ROBUSTNESS_MODELS else DummyModel(model)
+
+
+def attacker_model(arch, dataset):
+    """robustness' AttackerModel of an untrained classifier, on the CPU; dataset is a name in DATASETS."""
+    return AttackerModel(build_classifier(arch), ROBUSTNESS_DATASETS[dataset]("."))
+
+
+def read_checkpoint(path):
+    """A robustness checkpoint as a dict, its tensors on the CPU, keys of its model as AttackerModel's.
+
+    robustness writes with dill, but only tensors and plain values, so torch.load's restricted reader is enough
+    and nothing in the file can run. Raises UserError where the file is absent, damaged or something else.
+    """
+    if not Path(path).is_file():
+        raise UserError(
+            f"{path}: no such checkpoint; train a base classifier with python -m models.base, or name another"
+        )
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        state = checkpoint["model"] if "model" in checkpoint else checkpoint["state_dict"]
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+        finite = all(value.isfinite().all() for value in state.values())
+    except Exception as error:  # a damaged or foreign file fails in many ways; all mean the same here
+        raise UserError(f"{path}: not a checkpoint of robustness, or damaged ({utils.first_line(error)})") from error
+    if not finite:
+        raise UserError(f"{path}: the weights hold NaN or infinity; train the base classifier again")
+    return {**checkpoint, "model": state}
+
+
+def load_base(path, arch, dataset):
+    """The AttackerModel of a checkpoint, on the CPU, in evaluation mode; raises UserError where they do not fit."""
+    model = attacker_model(arch, dataset)
+    state = read_checkpoint(path)["model"]
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(
+            f"{path}: not a checkpoint of --arch {arch}; name the architecture it was trained with"
+        ) from error
+    return model.eval()
+
+
+def load_classifier(path, arch, dataset):
+    """A base classifier as one module: images [N, 3, H, W] in [0, 1] to logits [N, classes]; it normalises itself."""
+    model = load_base(path, arch, dataset)
+    return nn.Sequential(model.normalizer, model.model).requires_grad_(False).eval()
+
+
+# Train
+
+
+def robustness_main():
+    """The module robustness.main, which offers in its flags just the data sets that this project can lock."""
+    robustness_datasets.DATASETS = ROBUSTNESS_DATASETS
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Could not import amp")
+        from robustness import defaults, main  # here: it reads the data sets' names as it is imported
+    defaults.TRAINING_DEFAULTS[Digits] = {"epochs": 20, "batch_size": 64, "weight_decay": 5e-4, "step_lr": 8}
+    return main
+
+
+def parse_arguments(main):
+    """robustness' flags, checked and filled in with its defaults, as its own Parameters."""
+    defaults, parser = main.defaults, utils.Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    for group in (defaults.CONFIG_ARGS, defaults.MODEL_LOADER_ARGS, defaults.TRAINING_ARGS, defaults.PGD_ARGS):
+        defaults.add_args_to_parser(group, parser)
+    parser.add_argument(
+        "--manual-seed", type=int, default=23, help="seed of weights, order and augmentation (default: 23)"
+    )
+    # robustness' own default of 30 loader workers swamps most machines
+    parser.set_defaults(workers=min(16, os.cpu_count()))
+    given = parser.parse_args()
+    if not (given.dataset or given.config_path):
+        parser.error(f"--dataset is required: one of {', '.join(ROBUSTNESS_DATASETS)}")
+    try:
+        args = main.setup_args(main.cox.utils.Parameters(vars(given)))
+    except (ValueError, OSError) as error:  # "adv_train required"; a --config-path that cannot be read
+        raise UserError(
+            f"--{error}".replace("_", "-") if "required" in str(error) else f"--config-path: {error}"
+        ) from error
+    check_arguments(args)
+    return args
+
+
+def check_arguments(args):
+    """Raise UserError for what robustness would only find out later, or not at all."""
+    broken = {"mixed_precision": 1, "constraint": "fourier"}
+    for name, value in broken.items():
+        if getattr(args, name) == value:
+            raise UserError(f"--{name.replace('_', '-')} {value} does not work in robustness 1.2.1; leave it out")
+    if args.random_restarts or args.constraint == "random_smooth":
+        raise UserError(
+            "--random-restarts and --constraint random_smooth do not work in robustness 1.2.1; leave them out"
+        )
+    folder = Path(args.out_dir, args.exp_name or "")
+    if args.exp_name and not args.resume and (folder / "checkpoint.pt.best").exists():
+        raise UserError(
+            f"--exp-name {args.exp_name}: {folder} holds a trained classifier already; choose another name, "
+            f"delete the folder, or go on with --resume {folder}/checkpoint.pt.latest --resume-optimizer 1"
+        )
+    DATASETS[args.dataset].load(args.data, train=False)
+
+
+def make_store(main, args):
+    """robustness' store of this run. A store that an earlier run left in its folder is set aside, since
+    HDF5 refuses to append a row whose texts are longer than those of the first."""
+    path = Path(args.out_dir, args.exp_name or "", "store.h5")
+    if args.exp_name and path.exists():
+        path.rename(path.with_name(f"store.{len(list(path.parent.glob('store*.h5')))}.h5"))
+    return main.setup_store_with_metadata(args)
+
+
+def train():
+    """Train or evaluate a base classifier as the flags say; its folder is --out-dir/--exp-name."""
+    main = robustness_main()
+    args = parse_arguments(main)
+    device, reason = utils.pick_device()
+    torch.manual_seed(args.manual_seed)
+    model = load_base(args.resume, args.arch, args.dataset) if args.resume else attacker_model(args.arch, args.dataset)
+    checkpoint = read_checkpoint(args.resume) if args.resume and args.resume_optimizer else None
+    dataset = ROBUSTNESS_DATASETS[args.dataset](args.data)
+    loaders = dataset.make_loaders(args.workers, args.batch_size, data_aug=bool(args.data_aug))
+    if device.type == "cuda":
+        loaders = [main.helpers.DataPrefetcher(loader) for loader in loaders]
+    store = make_store(main, args)
+    print(f"{args.arch} on {args.dataset}, on {device} ({reason}), in {store.path}")
+    with cuda_optional():
+        if args.eval_only:
+            args.adv_eval = args.adv_eval or 0
+            main.eval_model(args, model.to(device), loaders[1], store=store)
+        else:
+            main.train_model(args, model.to(device), loaders, store=store, checkpoint=checkpoint)
+    store.close()
+    if not args.eval_only:
+        path = Path(store.path, "checkpoint.pt.best")
+        best = read_checkpoint(path)
+        accuracy = best["adv_prec1" if args.adv_train else "nat_prec1"]
+        print(f"Base classifier: {path}, {accuracy:.2f} % on the test set after epoch {best['epoch']}")
+
+
+if __name__ == "__main__":
+    utils.run_command(train)

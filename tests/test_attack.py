@@ -1,0 +1,91 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from robustness.attacker import AttackerModel
+from torch import nn
+
+import lock
+from models.base import ROBUSTNESS_DATASETS, DummyModel, cuda_optional
+from tests.conftest import small_classifier
+
+
+def saturated_images(n, size=16):
+    """Random images of which about a fifth of the pixels are 0 and a fifth 1."""
+    return (torch.rand(n, 3, size, size) * 1.7 - 0.35).clamp(0, 1)
+
+
+class Recorder(nn.Module):
+    """Passes images through to a classifier, and keeps a copy of all that it was shown."""
+
+    def __init__(self, classifier):
+        super().__init__()
+        self.classifier, self.seen = classifier, []
+
+    def forward(self, images):
+        self.seen.append(images.detach().clone())
+        return self.classifier(images)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("eps, step_size, steps", [(0.5, 0.1, 30), (2.0, 0.4, 10), (0.5, 0.1, 1)])
+def test_equals_robustness(seed, eps, step_size, steps):
+    torch.manual_seed(seed)
+    reference = AttackerModel(DummyModel(small_classifier()), ROBUSTNESS_DATASETS["cifar"](".")).eval()
+    classifier = nn.Sequential(reference.normalizer, reference.model)
+    images, targets = saturated_images(11), torch.randint(10, (11,))
+    with cuda_optional():
+        _, expected = reference(
+            images, targets, make_adv=True, constraint="2", targeted=True,
+            eps=eps, step_size=step_size, iterations=steps,
+        )  # fmt: skip
+    attacked = lock.attack(classifier, images, targets, eps, step_size, steps)
+    assert not torch.equal(attacked, images)
+    torch.testing.assert_close(attacked, expected, atol=1e-5, rtol=0)
+
+
+def test_every_iterate_is_in_the_ball_and_in_range():
+    recorder = Recorder(small_classifier())
+    images = saturated_images(6)
+    lock.attack(recorder, images, torch.randint(10, (6,)), eps=0.3, step_size=0.2, steps=15)
+    assert len(recorder.seen) == 16
+    for iterate in recorder.seen:
+        assert iterate.min() >= 0 and iterate.max() <= 1
+        assert (iterate - images).flatten(1).norm(dim=1).max() <= 0.3 + 1e-6
+    assert torch.equal(recorder.seen[0], images)  # no random start
+
+
+def test_one_step_has_its_closed_form():
+    # logits (0, w.x): the cross-entropy to class 1 has the gradient -w times a positive number
+    w = torch.randn(3 * 4 * 4)
+    linear = nn.Linear(48, 2, bias=False)
+    linear.weight.data = torch.stack([torch.zeros(48), w])
+    images = torch.full((2, 3, 4, 4), 0.5)
+    attacked = lock.attack(nn.Sequential(nn.Flatten(), linear), images, torch.tensor([1, 0]), 0.5, 0.1, 1)
+    expected = torch.stack([0.1 * w / w.norm(), -0.1 * w / w.norm()]).view(2, 3, 4, 4)
+    torch.testing.assert_close(attacked - images, expected, atol=1e-6, rtol=0)
+    assert torch.allclose(lock.project(images + 10 * expected, images, 0.25), images + 2.5 * expected, atol=1e-6)
+
+
+def test_best_iterate_is_kept():
+    recorder = Recorder(small_classifier())
+    images, targets = saturated_images(8), torch.randint(10, (8,))
+    # steps as long as the radius overshoot, so that the best iterate is not the last one
+    attacked = lock.attack(recorder, images, targets, eps=1.0, step_size=1.0, steps=12)
+    losses = torch.stack([F.cross_entropy(recorder.classifier(x), targets, reduction="none") for x in recorder.seen])
+    best = losses.argmin(0)
+    assert (best < 12).any()
+    assert torch.equal(attacked, torch.stack(recorder.seen)[best, torch.arange(8)])
+
+
+def test_an_image_that_no_step_improves_is_kept():
+    images = saturated_images(3)
+    constant = nn.Sequential(nn.Flatten(), nn.Linear(768, 2))
+    constant[1].weight.data.zero_()
+    assert torch.equal(lock.attack(constant, images, torch.tensor([0, 1, 0]), 0.5, 0.1, 3), images)
+
+
+def test_an_image_is_attacked_alike_in_any_batch():
+    classifier, images, targets = small_classifier(), saturated_images(7), torch.randint(10, (7,))
+    together = lock.attack(classifier, images, targets, 0.5, 0.1, 10)
+    alone = torch.cat([lock.attack(classifier, images[i : i + 1], targets[i : i + 1], 0.5, 0.1, 10) for i in range(7)])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)

@@ -1,0 +1,90 @@
+"""Base classifiers: what can be loaded, and what is refused."""
+
+import dill
+import pytest
+import torch
+from torch import nn
+
+from models.base import attacker_model, load_base, load_classifier
+from utils import UserError
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Writes a checkpoint as robustness.train.train_model does, and returns the model and the path."""
+
+    def save(arch="preresnet8", dataset="cifar", **options):
+        model = nn.DataParallel(attacker_model(arch, dataset))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": torch.optim.lr_scheduler.StepLR(optimizer, 50).state_dict(),
+            "epoch": 3,
+            "amp": None,
+            "nat_prec1": torch.tensor(94.0),
+        }
+        torch.save(state, tmp_path / "checkpoint.pt.best", pickle_module=dill, **options)
+        return model.module.eval(), tmp_path / "checkpoint.pt.best"
+
+    return save
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "preresnet8"])
+@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}], ids=["today", "torch 1.1"])
+def test_robustness_checkpoint(checkpoint, arch, options):
+    model, path = checkpoint(arch, **options)
+    images = torch.rand(2, 3, 32, 32)
+    expected, _ = model(images)  # AttackerModel normalises, and returns its input too
+    assert torch.equal(load_classifier(path, arch, "cifar")(images), expected)
+
+
+def test_checkpoint_saved_on_a_gpu(checkpoint, monkeypatch):
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+    model, path = checkpoint()
+    assert all(value.device.type == "cpu" for value in load_base(path, "preresnet8", "cifar").state_dict().values())
+
+
+def test_normalisation_is_of_the_checkpoint(checkpoint):
+    _, path = checkpoint(dataset="digits")
+    assert load_base(path, "preresnet8", "cifar").normalizer.new_mean.flatten().tolist() == pytest.approx([0.3054] * 3)
+
+
+def test_another_architecture(checkpoint):
+    _, path = checkpoint("resnet18")
+    with pytest.raises(UserError, match="not a checkpoint of --arch resnet50"):
+        load_base(path, "resnet50", "cifar")
+
+
+def test_unknown_architecture_lists_the_known_ones(checkpoint):
+    with pytest.raises(UserError, match="--arch: unknown name 'resnet51'; known are .*preresnet20.*resnet50"):
+        load_base("anything", "resnet51", "cifar")
+
+
+def test_absent_and_damaged_checkpoints(checkpoint, tmp_path):
+    with pytest.raises(UserError, match="no such checkpoint"):
+        load_base(tmp_path / "none", "preresnet8", "cifar")
+    _, path = checkpoint()
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="not a checkpoint of robustness, or damaged"):
+        load_base(path, "preresnet8", "cifar")
+
+
+def test_weights_that_are_not_finite(checkpoint):
+    model, path = checkpoint()
+    state = torch.load(path)
+    state["model"]["module.model.model.fc.bias"][0] = float("nan")
+    torch.save(state, path)
+    with pytest.raises(UserError, match="NaN"):
+        load_base(path, "preresnet8", "cifar")
+
+
+class Malicious:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('this ran')",)
+
+
+def test_nothing_in_a_checkpoint_runs(tmp_path):
+    torch.save({"model": {}, "epoch": Malicious()}, tmp_path / "checkpoint", pickle_module=dill)
+    with pytest.raises(UserError, match="not a checkpoint of robustness"):
+        load_base(tmp_path / "checkpoint", "preresnet8", "cifar")

@@ -1,0 +1,188 @@
+"""The three commands of the README on the digits, in short, and what they say to a user's mistakes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import lock
+import train
+import utils
+from models import base
+
+TRAIN = ["--epochs", 4, "--batch_size", 32, "--mixup", "True", "--augmentation.cutout", "True", "--ckpt_name", "state"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder in which commands 1 and 2 have run: two epochs, and the first 96 images locked by two methods."""
+    place = tmp_path_factory.mktemp("place")
+    with pytest.MonkeyPatch.context() as patch:
+
+        def run(main, *arguments):
+            patch.setattr(sys, "argv", ["command", *map(str, arguments)])
+            main()
+
+        run(base.train, "--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--workers", 0,
+            "--out-dir", place, "--exp-name", "base", "--epochs", 2)  # fmt: skip
+        for method in ("basic", "horiz"):
+            run(lock.main, *lock_flags(place), "--lock-method", method)
+    work = place / "preresnet8"
+    work.mkdir()
+    (work / "config.yaml").write_text(
+        f"{{architecture: preresnet8, dataset: digits, orig_data_path: none, eval_freq: 3, "
+        f"locked_train_image: {place}/train_image_basic, locked_train_label: {place}/train_label_basic, "
+        f"locked_test_image: {place}/test_image_basic, locked_test_label: {place}/test_label_basic}}"
+    )
+    return place
+
+
+def lock_flags(place):
+    return ["--dataset", "digits", "--arch", "preresnet8", "--resume-path", place / "base" / "checkpoint.pt.best",
+            "--lock-data", place, "--attack-steps", 3, "--subset", 96, "--batch-size", 40]  # fmt: skip
+
+
+def load(place, name):
+    return torch.cat(torch.load(place / name))
+
+
+@pytest.mark.parametrize("split", utils.SPLITS)
+@pytest.mark.parametrize("suffix", ["basic", "50_horiz"])
+def test_locked_files_are_aligned_with_the_data_set(place, split, suffix):
+    originals, labels = utils.load_digits(None, split == "train")
+    images = load(place, f"{split}_image_{suffix}")
+    assert images.dtype == torch.uint8 and images.shape == (96, 3, 32, 32)
+    assert load(place, f"{split}_label_{suffix}").dtype == torch.int64
+    assert torch.equal(load(place, f"{split}_label_{suffix}"), labels[:96])
+    distances = (utils.to_float(images) - utils.to_float(originals[:96])).flatten(1).norm(dim=1)
+    bound = 0.5 if suffix == "basic" else 0.5 * 2**0.5  # two spliced balls reach farther
+    assert 0.05 < distances.mean() and distances.max() <= bound + 0.5 / 255 * 3072**0.5
+    assert (images != originals[:96]).any(dim=(1, 2, 3)).all()
+
+
+def test_locking_twice_gives_the_same_bytes(place, command, tmp_path):
+    command(lock.main, *lock_flags(place), "--lock-data", tmp_path)
+    for name in ("train_image_basic", "test_label_basic"):
+        assert (tmp_path / name).read_bytes() == (place / name).read_bytes()
+
+
+def test_train_and_resume(place, command, monkeypatch, capsys):
+    """A run that is stopped and resumed ends as one that is not: every bit of its state, and its results."""
+    command(train.main, "--work-path", place / "preresnet8", *TRAIN)
+    whole = place / "preresnet8" / "basic" / "seed0"
+    result = json.loads((whole / "result.json").read_text())
+    assert [record["epoch"] for record in result["history"]] == [1, 3, 4]  # the first, every third, the last
+    assert capsys.readouterr().out.strip().splitlines()[-1].startswith("preresnet8, basic, seed 0, 4 epochs: locked ")
+    assert {"state.pth.tar", "state_best.pth.tar", "log.txt", "images.png"} <= {path.name for path in whole.iterdir()}
+    assert "no GPU was found" in (whole / "log.txt").read_text()
+
+    (place / "stopped").mkdir()
+    (place / "stopped" / "config.yaml").write_text((place / "preresnet8" / "config.yaml").read_text())
+    run_epoch = train.run_epoch
+
+    def stop_in_epoch_3(model, optimizer, data, epoch, *rest):
+        record = run_epoch(model, optimizer, data, epoch, *rest)
+        if epoch == 3:
+            raise KeyboardInterrupt
+        return record
+
+    monkeypatch.setattr(train, "run_epoch", stop_in_epoch_3)
+    with pytest.raises(SystemExit):
+        command(train.main, "--work-path", place / "stopped", *TRAIN)
+    monkeypatch.setattr(train, "run_epoch", run_epoch)
+    command(train.main, "--work-path", place / "stopped", *TRAIN, "--resume")
+    resumed = place / "stopped" / "basic" / "seed0"
+    states = [torch.load(folder / "state.pth.tar") for folder in (whole, resumed)]
+    for one, other in zip(*(torch.utils._pytree.tree_leaves(state) for state in states), strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    assert json.loads((resumed / "result.json").read_text()) == result
+    for folder in (whole, resumed):
+        for name in ("locked", "original"):
+            events = EventAccumulator(str(folder / name)).Reload().Scalars("accuracy/test")
+            assert [event.step for event in events] == [1, 3, 4]
+    assert EventAccumulator(str(resumed)).Reload().Scalars("loss/train")[-1].step == 4
+
+
+def test_each_method_and_seed_has_its_own_folder(place, command):
+    quick = ["--epochs", 1, "--batch_size", 32]
+    command(train.main, "--work-path", place / "preresnet8", *quick, "--lock-method", "horiz", "--seed", 7)
+    result = json.loads((place / "preresnet8" / "50_horiz" / "seed7" / "result.json").read_text())
+    assert (result["lock_method"], result["seed"]) == ("horiz", 7)
+    assert result["config"]["locked_test_label"] == f"{place}/test_label_50_horiz"
+
+
+def test_resume_where_nothing_was_started_starts(place, command, capsys):
+    command(train.main, "--work-path", place / "preresnet8", "--epochs", 1, "--seed", 8, "--resume")
+    assert "nothing to resume" in capsys.readouterr().out
+
+
+def test_mistakes_in_training(place, user_error, command, tmp_path):
+    work = place / "preresnet8"
+    command(train.main, "--work-path", work, "--epochs", 1, "--seed", 9)
+    assert "holds a run already: go on with --resume" in user_error(train.main, "--work-path", work, "--seed", 9)
+    line = user_error(train.main, "--work-path", work, "--seed", 9, "--resume", "--batch_size", 8)
+    assert "trained with batch_size 128, but it is 8 now" in line
+    checkpoint = work / "basic" / "seed9" / "ckpt.pth.tar"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
+    assert f"{checkpoint}: damaged" in user_error(train.main, "--work-path", work, "--seed", 9, "--resume")
+    assert "config.yaml: cannot be read" in user_error(train.main, "--work-path", tmp_path)
+    assert "--epoch; did you mean 'epochs'?" in user_error(train.main, "--work-path", work, "--epoch", 3)
+    assert "--epochs: epochs: expected a whole number, found 'x'" in user_error(
+        train.main, "--work-path", work, "--epochs", "x"
+    )
+    line = user_error(train.main, "--work-path", work, "--lock-method", "mixup", "--lambd", 0.3)
+    assert f"train_image_30_mixup: no such file; make it with python lock.py --lock-data {place}" in line
+    assert "num_classes is 5" in user_error(train.main, "--work-path", work, "--num_classes", 5)
+    assert "input_size is 28" in user_error(train.main, "--work-path", work, "--input_size", 28)
+    line = user_error(
+        train.main, "--work-path", work, "--locked_train_label", place / "test_label_basic", "--dataset", "cifar10"
+    )
+    assert "CIFAR-10 is not there" in line
+
+
+def test_mistakes_in_locking(place, user_error, tmp_path):
+    assert "train_image_basic exists" in user_error(lock.main, *lock_flags(place))
+    elsewhere = [*lock_flags(place), "--lock-data", tmp_path / "new"]
+    assert "no such checkpoint" in user_error(lock.main, *elsewhere, "--resume-path", tmp_path / "none")
+    assert "not a checkpoint of --arch resnet50" in user_error(lock.main, *elsewhere, "--arch", "resnet50")
+    assert "unknown name 'resnet49'" in user_error(lock.main, *elsewhere, "--arch", "resnet49")
+    assert "CIFAR-10 is not there" in user_error(lock.main, *elsewhere, "--dataset", "cifar", "--orig-data", tmp_path)
+    assert "--alpha" in user_error(lock.main, *elsewhere, "--alpha", 1.5)
+    assert "--lock-method" in user_error(lock.main, *elsewhere, "--lock-method", "vertical")
+    assert not (tmp_path / "new").exists()
+
+
+def test_mistakes_in_the_base_classifier(place, user_error, tmp_path):
+    flags = ["--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--out-dir", place, "--exp-name", "base"]
+    assert "holds a trained classifier already" in user_error(base.train, *flags)
+    assert "--dataset is required" in user_error(base.train, *flags[2:])
+    assert "--adv-train required" in user_error(base.train, *flags[:2], *flags[4:])
+    assert "unknown name 'resnet49'" in user_error(base.train, *flags, "--exp-name", "new", "--arch", "resnet49")
+    line = user_error(base.train, *flags, "--exp-name", "new", "--dataset", "cifar", "--data", tmp_path)
+    assert f"{tmp_path}: CIFAR-10 is not there" in line
+    assert "mixed-precision 1 does not work" in user_error(
+        base.train, *flags, "--exp-name", "new", "--mixed-precision", 1
+    )
+    assert not (place / "new").exists()
+
+
+def test_base_classifier_is_resumed(place, command, capsys):
+    latest = place / "base" / "checkpoint.pt.latest"
+    command(base.train, "--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--workers", 0,
+            "--out-dir", place, "--exp-name", "base", "--epochs", 3, "--resume", latest,
+            "--resume-optimizer", 1)  # fmt: skip
+    assert torch.load(latest)["epoch"] == 3
+    assert (place / "base" / "store.1.h5").exists()
+
+
+@pytest.mark.parametrize("script", [["lock.py"], ["train.py"], ["-m", "models.base"]])
+def test_help_and_exit_codes_from_the_shell(script):
+    assert (
+        "usage"
+        in subprocess.run([sys.executable, *script, "--help"], check=True, capture_output=True, text=True).stdout
+    )
+    wrong = subprocess.run([sys.executable, *script, "--no-such-flag"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and len(wrong.stderr.strip().splitlines()) == 1

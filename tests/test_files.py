@@ -1,0 +1,86 @@
+"""Locked files, in this project's form and in the original's, and what is wrong with them."""
+
+import pytest
+import torch
+
+from utils import UserError, load_locked, read_tensors, to_uint8, write_file
+
+IMAGES = torch.arange(5 * 3 * 4 * 4).remainder(256).to(torch.uint8).view(5, 3, 4, 4)
+LABELS = torch.tensor([3, 1, 4, 1, 5])
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Saves images and labels, and returns their paths."""
+
+    def save(images, labels):
+        paths = tmp_path / "train_image_50_mixup", tmp_path / "train_label_50_mixup"
+        for path, content in zip(paths, (images, labels)):
+            write_file(path, lambda file, content=content: torch.save(content, file))
+        return paths
+
+    return save
+
+
+def test_this_projects_files(pair):
+    paths = pair([IMAGES], [LABELS])
+    images, labels = load_locked(*paths)
+    assert torch.equal(images, IMAGES) and torch.equal(labels, LABELS)
+    assert torch.equal(torch.cat(torch.load(paths[0])), IMAGES)
+
+
+def test_the_originals_list_of_float_batches(pair):
+    """Its batches are float32 in [0, 1]; the nearest 8-bit value is meant, not the next below."""
+    floats = IMAGES.float() / 255 - 1e-4
+    images, labels = load_locked(*pair([floats[:2], floats[2:4], floats[4:]], list(LABELS.split(2))))
+    assert images.dtype == torch.uint8 and torch.equal(images, IMAGES)
+    assert torch.equal(labels, LABELS)
+
+
+def test_to_uint8_rounds_to_nearest():
+    assert to_uint8(torch.tensor([0.0, 0.49 / 255, 0.51 / 255, 1.0])).tolist() == [0, 0, 1, 255]
+
+
+@pytest.mark.parametrize(
+    "images, labels, message",
+    [
+        ([IMAGES], [LABELS[:4]], "5 images"),
+        ([IMAGES[:, 0]], [LABELS], r"expected images \[N, 3, H, W\]"),
+        ([IMAGES], [LABELS.float()], "expected labels"),
+        ({"images": 3}, [LABELS], "not a list of tensors"),
+    ],
+)
+def test_files_that_do_not_fit(pair, images, labels, message):
+    with pytest.raises(UserError, match=message):
+        load_locked(*pair(images, labels))
+
+
+def test_absent_file_names_the_command_that_makes_it(tmp_path):
+    for name, flags in {
+        "train_image_basic": "--lock-method basic",
+        "test_label_29_mixup": "--lock-method mixup --lambd 0.29",
+        "test_image_50_horiz": "--lock-method horiz --alpha 0.5",
+        "test_image_30_50_mixandcat": "--lock-method mixandcat --alpha 0.3 --lambd 0.5",
+    }.items():
+        with pytest.raises(UserError, match=f"lock.py --lock-data {tmp_path} {flags}$"):
+            read_tensors(tmp_path / name)
+
+
+def test_damaged_file(pair):
+    paths = pair([IMAGES], [LABELS])
+    paths[0].write_bytes(paths[0].read_bytes()[:300])
+    with pytest.raises(UserError, match="train_image_50_mixup: not a list of tensors, or damaged"):
+        load_locked(*paths)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError):
+        write_file(path, fail)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,88 @@
+import argparse
+
+import pytest
+import torch
+from torch import nn
+
+import lock
+from tests.conftest import small_classifier
+from utils import lock_suffix
+
+
+def test_target_maps():
+    """The maps as the original's code gives them, and what is known of them."""
+    t1, t2, t3, t4 = lock.TARGET_MAPS.values()
+    assert [sorted(target_map) for target_map in (t1, t2, t3, t4)] == [list(range(10))] * 4
+    fixed = {name: [c for c in range(10) if target_map[c] == c] for name, target_map in lock.TARGET_MAPS.items()}
+    assert fixed == {"T1": [], "T2": [9], "T3": [], "T4": [7]}
+    assert [c for c in range(10) if t2[c] == t3[c]] == [1]
+    assert [c for c in range(10) if t3[c] == t4[c]] == [3]
+    assert (t1[0], t1[9], t4[4]) == (8, 5, 5)
+
+
+def test_combine_equals_slicing_by_hand():
+    a = {name: torch.rand(2, 3, 8, 10) for name in lock.TARGET_MAPS}
+    a1, a2, a3, a4 = a.values()
+    assert torch.equal(lock.combine(a, "basic"), a1)
+    assert torch.allclose(lock.combine(a, "mixup", lambd=0.3), 0.3 * a1 + 0.7 * a2)
+    horiz = lock.combine(a, "horiz", alpha=0.25)
+    assert torch.equal(horiz[..., :2], a1[..., :2]) and torch.equal(horiz[..., 2:], a2[..., 2:])
+    both = lock.combine(a, "mixandcat", alpha=0.7, lambd=0.4)
+    assert torch.allclose(both[..., :7], (0.4 * a1 + 0.6 * a2)[..., :7])
+    assert torch.allclose(both[..., 7:], (0.4 * a3 + 0.6 * a4)[..., 7:])
+    assert torch.equal(lock.combine(a, "horiz", alpha=0), a2) and torch.equal(lock.combine(a, "horiz", alpha=1), a1)
+
+
+@pytest.mark.parametrize(
+    "method, alpha, lambd, suffix",
+    [
+        ("basic", 0.3, 0.3, "basic"),
+        ("mixup", 0.5, 0.29, "29_mixup"),  # int(100 * 0.29) is 28
+        ("horiz", 0.125, 0.5, "12.5_horiz"),
+        ("mixandcat", 0.5, 0.5, "mixandcat"),
+        ("mixandcat", 0.3, 0.5, "30_50_mixandcat"),
+    ],
+)
+def test_suffix(method, alpha, lambd, suffix):
+    assert lock_suffix(method, alpha, lambd) == suffix
+
+
+class Fixed(nn.Module):
+    """Classifies by the mean of the pixels: images of grey level (c + 0.5) / 10 are of class c."""
+
+    def forward(self, images):
+        return -(images.mean(dim=(1, 2, 3))[:, None] * 10 - torch.arange(10) - 0.5).abs()
+
+
+def test_targets_come_from_labels_on_train_and_from_predictions_on_test(monkeypatch):
+    """The classes below are wrong on purpose: labels and predictions never agree."""
+    aimed_at = []
+    monkeypatch.setattr(lock, "attack", lambda model, images, targets, *rest: aimed_at.append(targets) or images)
+    predicted = torch.arange(10)
+    images = ((predicted + 0.5) / 10 * 255).round().to(torch.uint8)[:, None, None, None].expand(10, 3, 16, 16)
+    labels = (predicted + 3) % 10
+    args = argparse.Namespace(
+        lock_method="horiz", eps=0.5, attack_lr=0.1, attack_steps=1, alpha=0.5, lambd=0.5, batch_size=4
+    )
+    for split, classes in {"train": labels, "test": predicted}.items():
+        aimed_at.clear()
+        _, measured = lock.lock_split(Fixed(), images, labels, split, args, torch.device("cpu"))
+        t1, t2 = (torch.tensor(lock.TARGET_MAPS[name]) for name in ("T1", "T2"))
+        assert torch.equal(torch.cat(aimed_at[0::2]), t1[classes])
+        assert torch.equal(torch.cat(aimed_at[1::2]), t2[classes])
+        assert measured["base"].sum() == 0
+
+
+def test_measurements():
+    images = torch.randint(50, 200, (3, 3, 16, 16), dtype=torch.uint8)
+    locked = images.clone()
+    locked[1, 0, 0, 0] += 51  # 0.2 in one of 768 values
+    classifier = small_classifier()
+    predictions = classifier(locked / 255).argmax(1)
+    targets = torch.stack([predictions, (predictions + 1) % 10])
+    measured = lock.measure(classifier, images, locked, (predictions + 1) % 10, targets)
+    assert measured["to_target"].all() and not measured["to_true"].any()
+    torch.testing.assert_close(measured["l2"], torch.tensor([0, 0.2, 0]))
+    assert measured["psnr"][0].isinf()
+    torch.testing.assert_close(measured["psnr"][1], 10 * torch.log10(torch.tensor(768 / 0.04)))
+    assert measured["ssim"][0] == 1 and measured["ssim"][1] < 1

@@ -1,0 +1,42 @@
+import pytest
+import torch
+from torch import nn
+
+from models import MODELS
+
+# Counts of CIFAR-ZOO's models with ten classes.
+PARAMETERS = {
+    "alexnet": 2_472_266,
+    "vgg19": 20_040_522,
+    "preresnet20": 272_282,
+    "preresnet110": 1_730_522,
+    "resnet110": 1_730_714,
+    "densenet100bc": 769_162,
+    "densenet190bc": 25_624_430,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_counts(name):
+    with torch.device("meta"):
+        model = MODELS[name](num_classes=10)
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", ["alexnet", "vgg11", "resnet20", "preresnet8", "densenet100bc"])
+def test_logits_of_any_size_and_gradients_everywhere(name):
+    model = MODELS[name](num_classes=7)
+    for size in (32, 48):
+        assert model(torch.rand(2, 3, size, size)).shape == (2, 7)
+    model(torch.rand(2, 3, 32, 32)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["vgg11", "resnet20", "preresnet20"])
+def test_he_initialisation(name):
+    for module in MODELS[name](num_classes=10).modules():
+        if isinstance(module, nn.Conv2d) and module.weight.numel() > 10_000:
+            fan_in = module.weight[0].numel()
+            assert module.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.05)
+        if isinstance(module, nn.BatchNorm2d):
+            assert (module.weight == 1).all() and (module.bias == 0).all()

@@ -1,0 +1,395 @@
+"""Train a model on locked images, and watch how it fails on ordinary ones.
+
+    python train.py --work-path ./experiments/cifar10/preresnet110
+
+reads config.yaml in the work path (CIFAR-ZOO's keys) and trains on the locked training set. Each evaluation
+reports the accuracy on the locked and on the original test set. Any key can be given as a flag too, as
+--epochs 30 or --lr_scheduler.base_lr 0.05. Log, curves, pictures, checkpoints and result.json go to a folder
+of each lock method and seed: experiments/cifar10/preresnet110/basic/seed0.
+"""
+
+import json
+import math
+import shutil
+import time
+from argparse import RawDescriptionHelpFormatter
+from datetime import datetime
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+import utils
+from models import MODELS
+from utils import CONFIG, DATASETS, UserError, lock_suffix, locked_path, to_float
+
+# Augmentation, on the device, a batch at a time
+
+
+def random_crop(images, padding=4):
+    """Each image [N, C, H, W] cut at its own random place out of its zero-padded self, at the same size."""
+    n, channels, height, width = images.shape
+    device = images.device
+    rows = torch.randint(2 * padding + 1, (n, 1), device=device) + torch.arange(height, device=device)
+    columns = torch.randint(2 * padding + 1, (n, 1), device=device) + torch.arange(width, device=device)
+    padded = F.pad(images, [padding] * 4)
+    n, channels = torch.arange(n, device=device), torch.arange(channels, device=device)
+    return padded[n[:, None, None, None], channels[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def random_flip(images):
+    """Each image [N, C, H, W] mirrored left to right, or not, with equal chance."""
+    flip = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    return torch.where(flip, images.flip(-1), images)
+
+
+def cutout(images, holes, length):
+    """Each image [N, C, H, W] with square holes of zeros at random places, some cut off by an edge.
+
+    Source: DeVries & Taylor, 2017; length is the side of a hole in pixels, and an odd one counts as the even below.
+    """
+    n, _, height, width = images.shape
+    for _ in range(holes):
+        inside = []
+        for size in (height, width):
+            start = torch.randint(size, (n, 1), device=images.device) - length // 2
+            position = torch.arange(size, device=images.device)
+            inside.append((position >= start) & (position < start + length // 2 * 2))
+        hole = inside[0][:, None, :, None] & inside[1][:, None, None, :]
+        images = images.masked_fill(hole, 0)
+    return images
+
+
+def mixup(inputs, targets, alpha):
+    """Blend a batch with a shuffle of itself (Zhang et al., 2018).
+
+    Returns the blend, the targets of its other part, and the weight of the first part.
+    """
+    weight = torch.distributions.Beta(alpha, alpha).sample().item()
+    order = torch.randperm(len(inputs), device=inputs.device)
+    return weight * inputs + (1 - weight) * inputs[order], targets[order], weight
+
+
+def as_inputs(images, config):
+    """uint8 images [N, 3, H, W] as float inputs: pixels in [0, 1], or normalised where the config says so."""
+    inputs = to_float(images)
+    if config.augmentation.normalize:
+        dataset = DATASETS[config.dataset]
+        mean, std = (
+            torch.tensor(values, device=inputs.device)[:, None, None] for values in (dataset.mean, dataset.std)
+        )
+        inputs = (inputs - mean) / std
+    return inputs
+
+
+def augment(images, config):
+    """uint8 training images [N, 3, H, W] as float inputs, augmented as the config says."""
+    options = config.augmentation
+    if options.random_crop:
+        images = random_crop(images)
+    if options.random_horizontal_filp:
+        images = random_flip(images)
+    inputs = as_inputs(images, config)
+    return cutout(inputs, options.holes, options.length) if options.cutout else inputs
+
+
+# Training
+
+
+def learning_rate(config, epoch):
+    """The learning rate of an epoch, counted from 0, by CIFAR-ZOO's schedules STEP, COSINE and HTD."""
+    schedule = config.lr_scheduler
+    if schedule.type == "STEP":
+        return schedule.base_lr * schedule.lr_mults ** sum(epoch >= drop for drop in schedule.lr_epochs)
+    t = epoch / config.epochs
+    if schedule.type == "COSINE":
+        factor = (1 + math.cos(math.pi * t)) / 2
+    else:
+        low, high = schedule.lower_bound, schedule.upper_bound
+        factor = (1 - math.tanh(low + (high - low) * t)) / 2
+    return schedule.min_lr + (schedule.base_lr - schedule.min_lr) * factor
+
+
+def train_epoch(model, images, labels, optimizer, config):
+    """One pass in random order over images uint8 [N, 3, H, W]; returns mean loss and accuracy in percent."""
+    model.train()
+    loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=images.device)
+    order = torch.randperm(len(images), device=images.device)
+    for indices in tqdm(order.split(config.batch_size), leave=False, disable=None):
+        inputs, targets = augment(images[indices], config), labels[indices]
+        others, weight = targets, 1.0
+        if config.mixup:
+            inputs, others, weight = mixup(inputs, targets, config.mixup_alpha)
+        logits = model(inputs)
+        loss = weight * F.cross_entropy(logits, targets) + (1 - weight) * F.cross_entropy(logits, others)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        predictions = logits.argmax(1)
+        loss_sum += loss.detach() * len(indices)
+        correct += weight * (predictions == targets).sum() + (1 - weight) * (predictions == others).sum()
+    return loss_sum.item() / len(images), 100 * correct.item() / len(images)
+
+
+@torch.no_grad()
+def evaluate(model, images, labels, config):
+    """Mean loss and accuracy in percent on images uint8 [N, 3, H, W]."""
+    model.eval()
+    loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=images.device)
+    for batch, targets in zip(images.split(config.test_batch), labels.split(config.test_batch)):
+        logits = model(as_inputs(batch, config))
+        loss_sum += F.cross_entropy(logits, targets, reduction="sum")
+        correct += (logits.argmax(1) == targets).sum()
+    return loss_sum.item() / len(images), 100 * correct.item() / len(images)
+
+
+# Data and checkpoints
+
+
+def load_data(config):
+    """The splits {name: (images uint8 [N, 3, H, W], labels int64 [N])}: locked_train, locked_test and original.
+
+    Raises UserError where a file is absent or does not fit the config.
+    """
+    data = {
+        "locked_train": utils.load_locked(config.locked_train_image, config.locked_train_label),
+        "locked_test": utils.load_locked(config.locked_test_image, config.locked_test_label),
+        "original": DATASETS[config.dataset].load(config.orig_data_path, train=False),
+    }
+    for name, (images, labels) in data.items():
+        where = config.get(f"{name}_image", config.orig_data_path)
+        if images.shape[2:] != (config.input_size, config.input_size):
+            raise UserError(
+                f"{where}: images are {list(images.shape[2:])} pixels, but input_size is {config.input_size}"
+            )
+        if labels.min() < 0 or labels.max() >= config.num_classes:
+            raise UserError(f"{where}: labels go up to {labels.max()}, but num_classes is {config.num_classes}")
+    return data
+
+
+def pictures(originals, locked):
+    """A grid [3, H', W'] in [0, 1] of three rows: originals, locked images, and grey plus ten times the difference."""
+    originals, locked = to_float(originals), to_float(locked)
+    difference = (0.5 + 10 * (locked - originals)).clamp(0, 1)
+    grid = make_grid(torch.cat([originals, locked, difference]), nrow=len(originals), pad_value=1)
+    return F.interpolate(grid[None], scale_factor=3)[0]
+
+
+# A run may be resumed with other values of these keys; any other would make it a different run.
+FREE_ON_RESUME = {"epochs", "eval_freq", "test_batch", "use_gpu", "workers"}
+
+
+def save_checkpoint(path, model, optimizer, epoch, history, config):
+    """Write all that --resume needs, after an epoch; history is the list of evaluations so far."""
+    state = {
+        "epoch": epoch,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "history": history,
+        "config": utils.flatten(config),
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+    utils.write_file(path, lambda file: torch.save(state, file))
+
+
+def load_checkpoint(path, model, optimizer, config):
+    """Restore what save_checkpoint wrote; returns (epochs done, history). Raises UserError where it does not fit."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        then = state["config"]
+    except Exception as error:  # a damaged file fails in many ways; all mean the same here
+        raise UserError(f"{path}: damaged ({utils.first_line(error)}); start again with --overwrite") from error
+    for key, now in utils.flatten(config).items():
+        if key not in FREE_ON_RESUME and then.get(key) != now:
+            raise UserError(
+                f"--resume: {path} was trained with {key} {then.get(key)}, but it is {now} now; set it back"
+            )
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    if state["cuda_rng"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda_rng"])
+    return state["epoch"], state["history"]
+
+
+# A run
+
+
+def parse_arguments():
+    """The arguments, and the config with the flags' values in it."""
+    parser = utils.Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--work-path", required=True, help="folder of an experiment, with its config.yaml")
+    parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="start again where the run's folder holds one already")
+    parser.add_argument(
+        "--lock-method", choices=("basic", "mixup", "horiz", "mixandcat"), help="use the files of this method"
+    )
+    parser.add_argument("--alpha", type=float, default=0.5, help="as lock.py had it (default: %(default)s)")
+    parser.add_argument("--lambd", type=float, default=0.5, help="as lock.py had it (default: %(default)s)")
+    keys = parser.add_argument_group("keys of config.yaml")
+    for key, default in utils.flatten(CONFIG).items():
+        keys.add_argument(f"--{key}", metavar="VALUE", help=None if default is str else f"default: {default}")
+    args, unknown = parser.parse_known_args()
+    if unknown:
+        name = unknown[0].removeprefix("--").partition("=")[0]
+        raise UserError(f"unknown flag {unknown[0]}{utils.did_you_mean(name, utils.flatten(CONFIG))}")
+    overrides = {key: value for key, value in vars(args).items() if key in utils.flatten(CONFIG) and value is not None}
+    config = utils.load_config(Path(args.work_path, "config.yaml"), overrides)
+    check_config(config, Path(args.work_path, "config.yaml"))
+    if args.lock_method:
+        suffix = lock_suffix(args.lock_method, args.alpha, args.lambd)
+        for split in utils.SPLITS:
+            for kind in ("image", "label"):
+                key = f"locked_{split}_{kind}"
+                config[key] = str(locked_path(Path(config[key]).parent, split, kind, suffix))
+    return args, config
+
+
+def check_config(config, path):
+    """Raise UserError where a value of the config is not one that it can have."""
+    utils.check_known(config.architecture, MODELS, f"{path}: architecture")
+    utils.check_known(config.dataset, DATASETS, f"{path}: dataset")
+    utils.check_known(config.lr_scheduler.type, ("STEP", "COSINE", "HTD"), f"{path}: lr_scheduler.type")
+    for key in ("epochs", "batch_size", "test_batch", "eval_freq"):
+        if config[key] < 1:
+            raise UserError(f"{path}: {key} is {config[key]}; it must be at least 1")
+
+
+def prepare_folder(args, config, suffix):
+    """Make the run's folder, empty but for --resume; raises UserError where that would lose a run."""
+    folder = Path(args.work_path, suffix, f"seed{config.seed}")
+    checkpoint = folder / config.ckpt_path / f"{config.ckpt_name}.pth.tar"
+    if not args.resume:
+        if (checkpoint.exists() or (folder / "result.json").exists()) and not args.overwrite:
+            raise UserError(
+                f"{folder} holds a run already: go on with --resume, start again with --overwrite, or set --seed"
+            )
+        shutil.rmtree(folder, ignore_errors=True)
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder, checkpoint
+
+
+def summary(config, suffix, history):
+    """What result.json says of a run: accuracies in percent, at the last evaluation and at the best on locked ones."""
+    last, best = history[-1], max(history, key=lambda record: record["locked_acc"])
+    return {
+        "architecture": config.architecture,
+        "dataset": config.dataset,
+        "lock_method": suffix.split("_")[-1],
+        "seed": config.seed,
+        "epochs": last["epoch"],
+        "locked_acc": last["locked_acc"],
+        "orig_acc": last["orig_acc"],
+        "best_epoch": best["epoch"],
+        "best_locked_acc": best["locked_acc"],
+        "orig_acc_at_best": best["orig_acc"],
+        "max_orig_acc": max(record["orig_acc"] for record in history),
+    }
+
+
+def log_to(path):
+    """A function that prints a line, and appends it to the file with the time."""
+
+    def log(line):
+        print(line, flush=True)
+        with open(path, "a") as file:
+            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n")
+
+    return log
+
+
+def open_writers(folder, first_epoch):
+    """TensorBoard writers of a run, of its locked and of its original test set; the latter two share their charts."""
+    folders = {"run": folder, "locked": folder / "locked", "original": folder / "original"}
+    return {name: SummaryWriter(path, purge_step=first_epoch) for name, path in folders.items()}
+
+
+def evaluate_both(model, data, config):
+    """Loss and accuracy on the locked and on the original test set, as a record of the run's history."""
+    locked_loss, locked_acc = evaluate(model, *data["locked_test"], config)
+    orig_loss, orig_acc = evaluate(model, *data["original"], config)
+    return {"locked_loss": locked_loss, "locked_acc": locked_acc, "orig_loss": orig_loss, "orig_acc": orig_acc}
+
+
+def run_epoch(model, optimizer, data, epoch, config, writers, log):
+    """Train for one epoch, counted from 1, and evaluate where one is due; returns its record, or None."""
+    start = time.time()
+    lr = learning_rate(config, epoch - 1)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    loss, accuracy = train_epoch(model, *data["locked_train"], optimizer, config)
+    for tag, value in {"learning rate": lr, "loss/train": loss, "accuracy/train": accuracy}.items():
+        writers["run"].add_scalar(tag, value, epoch)
+    line = f"epoch {epoch:4}/{config.epochs}  lr {lr:.5f}  train loss {loss:.4f}, accuracy {accuracy:6.2f} %"
+    record = None
+    if epoch in (1, config.epochs) or epoch % config.eval_freq == 0:
+        record = {"epoch": epoch, "train_loss": loss, "train_acc": accuracy, **evaluate_both(model, data, config)}
+        for name, short in {"locked": "locked", "original": "orig"}.items():
+            writers[name].add_scalar("accuracy/test", record[f"{short}_acc"], epoch)
+            writers[name].add_scalar("loss/test", record[f"{short}_loss"], epoch)
+        line += "  test: locked {locked_acc:6.2f} %, original {orig_acc:6.2f} %".format(**record)
+    log(f"{line}  {time.time() - start:.1f} s")
+    return record
+
+
+def show_pictures(data, folder, writer):
+    """Write the pictures of the first ten test images, unless the locked ones are not in the original order."""
+    (locked, locked_labels), (originals, labels) = data["locked_test"], data["original"]
+    if not torch.equal(locked_labels[:10], labels[: len(locked_labels)][:10]):
+        return "no pictures: the locked test set is not in the order of the original one"
+    grid = pictures(originals[: len(locked)][:10], locked[:10])
+    save_image(grid, folder / "images.png")
+    writer.add_image("images/originals, locked, 10 x difference", grid)
+    return f"pictures (originals, locked, ten times the difference): {folder / 'images.png'}"
+
+
+def main():
+    args, config = parse_arguments()
+    data = load_data(config)
+    suffix = Path(config.locked_train_image).name.removeprefix("train_image_")
+    folder, checkpoint = prepare_folder(args, config, suffix)
+    device, reason = utils.pick_device(config.use_gpu)
+    log = log_to(folder / "log.txt")
+    log(f"{config.architecture} on {suffix}, seed {config.seed}, on {device} ({reason}), in {folder}")
+
+    torch.manual_seed(config.seed)
+    torch.backends.cudnn.benchmark = True
+    model = MODELS[config.architecture](num_classes=config.num_classes).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=config.lr_scheduler.base_lr, **config.optimize)
+    done, history = 0, []
+    if args.resume and checkpoint.exists():
+        done, history = load_checkpoint(checkpoint, model, optimizer, config)
+    if args.resume:
+        log(f"resumed after epoch {done}" if done else f"nothing to resume in {checkpoint}: starting at epoch 1")
+    writers = open_writers(folder, done + 1)
+    log(show_pictures(data, folder, writers["run"]))
+    data = {name: (images.to(device), labels.to(device)) for name, (images, labels) in data.items()}
+
+    for epoch in range(done + 1, config.epochs + 1):
+        record = run_epoch(model, optimizer, data, epoch, config, writers, log)
+        best_so_far = max((earlier["locked_acc"] for earlier in history), default=-1)
+        history += [record] if record else []
+        save_checkpoint(checkpoint, model, optimizer, epoch, history, config)
+        if record and record["locked_acc"] > best_so_far:
+            shutil.copyfile(checkpoint, checkpoint.with_name(f"{config.ckpt_name}_best.pth.tar"))
+    for writer in writers.values():
+        writer.close()
+
+    result = summary(config, suffix, history)
+    (folder / "result.json").write_text(json.dumps({**result, "config": config, "history": history}, indent=1))
+    log(f"curves: tensorboard --logdir {args.work_path}")
+    log(
+        "{architecture}, {lock_method}, seed {seed}, {epochs} epochs: "
+        "locked {locked_acc:.2f} %, original {orig_acc:.2f} % "
+        "(best locked {best_locked_acc:.2f} % at epoch {best_epoch}, original then {orig_acc_at_best:.2f} %; "
+        "largest original {max_orig_acc:.2f} %)".format(**result)
+    )
+
+
+if __name__ == "__main__":
+    utils.run_command(main)

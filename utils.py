@@ -1,0 +1,305 @@
+"""What lock.py, train.py and models/base.py share: user errors, data sets, locked files, config files, devices."""
+
+import argparse
+import difflib
+import os
+import sys
+import tempfile
+from copy import deepcopy
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import yaml
+from easydict import EasyDict
+from torchvision.datasets import CIFAR10
+
+SPLITS = ("train", "test")
+
+
+# User errors
+
+
+class UserError(Exception):
+    """A mistake of the user's. The message is one line: the file, key or flag, and what to do about it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors, and that takes no abbreviated flags."""
+
+    def __init__(self, **kwargs):
+        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def run_command(main):
+    """Call main(); a UserError becomes one line on standard error and exit code 2, Ctrl-C exit code 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def check_known(name, known, what):
+    """Raise UserError, listing the known names, where name is none of them; what says where it stands."""
+    if name not in known:
+        raise UserError(f"{what}: unknown name '{name}'; known are {', '.join(known)}")
+
+
+def did_you_mean(word, known):
+    """'; did you mean ...?' with the nearest of the known words, or nothing where none is near."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+# Data sets
+
+
+class Dataset(NamedTuple):
+    """load(root, train) returns images uint8 [N, 3, H, W] and labels int64 [N].
+
+    mean and std are those of the training set's pixels in [0, 1], a number for each channel.
+    """
+
+    load: callable
+    mean: tuple
+    std: tuple
+
+
+def load_cifar10(root, train):
+    """CIFAR-10 (Krizhevsky, 2009), in the order of its batch files; raises UserError where it is absent or damaged."""
+    try:
+        data = CIFAR10(root, train=train)
+    except RuntimeError as error:  # torchvision checks every file's MD5
+        raise UserError(
+            f"{root}: CIFAR-10 is not there, or a file of it is damaged; download it with "
+            f"python -c \"from torchvision.datasets import CIFAR10; CIFAR10('{root}', download=True)\""
+        ) from error
+    return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
+
+
+def load_digits(root, train):
+    """scikit-learn's 1,797 handwritten digits, 8x8 pixels enlarged to 3x32x32; the last 360 are the test set.
+
+    They come inside scikit-learn (from UCI's Optical Recognition of Handwritten Digits): root is not read.
+    """
+    from sklearn import datasets  # here, because only this data set needs it, and it is slow to import
+
+    pixels, labels = datasets.load_digits(return_X_y=True)
+    images = torch.from_numpy(pixels).float().div(16).reshape(-1, 1, 8, 8)
+    images = F.interpolate(images, size=(32, 32), mode="bilinear").expand(-1, 3, -1, -1)
+    part = slice(None, -360) if train else slice(-360, None)
+    return to_uint8(images)[part], torch.from_numpy(labels)[part].long()
+
+
+CIFAR_STATISTICS = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+DIGITS_STATISTICS = (0.3054,) * 3, (0.3228,) * 3  # of the training set, after enlarging
+
+DATASETS = {
+    "cifar": Dataset(load_cifar10, *CIFAR_STATISTICS),  # robustness' name for it
+    "cifar10": Dataset(load_cifar10, *CIFAR_STATISTICS),  # CIFAR-ZOO's
+    "digits": Dataset(load_digits, *DIGITS_STATISTICS),
+}
+
+
+def to_uint8(images):
+    """Pixels in [0, 1], any shape, to the nearest of 0..255."""
+    return (images * 255).round().to(torch.uint8)
+
+
+def to_float(images):
+    """uint8 pixels, any shape, to float32 in [0, 1]."""
+    return images.float() / 255
+
+
+# Locked files
+
+
+def lock_suffix(method, alpha=0.5, lambd=0.5):
+    """The end of a locked file's name: the original's basic, 50_mixup, 50_horiz and mixandcat.
+
+    The original's mixandcat carries neither parameter; here it does where one differs from 0.5,
+    as 30_50_mixandcat for alpha 0.3, so that two such locks never share a name.
+    """
+    # ':g' because int(100 * 0.29) is 28
+    alpha, lambd = f"{100 * alpha:g}", f"{100 * lambd:g}"
+    if method == "mixandcat" and (alpha, lambd) != ("50", "50"):
+        return f"{alpha}_{lambd}_mixandcat"
+    return {"mixup": f"{lambd}_mixup", "horiz": f"{alpha}_horiz"}.get(method, method)
+
+
+def locked_path(folder, split, kind, suffix):
+    """Path of a locked file; split is train or test, kind image or label."""
+    return Path(folder) / f"{split}_{kind}_{suffix}"
+
+
+def load_locked(image_path, label_path):
+    """Locked images uint8 [N, 3, H, W] and labels int64 [N], from a pair of files.
+
+    Reads what lock.py writes, and the original's lists of float32 batches in [0, 1], which are rounded to
+    the nearest 8-bit value. Raises UserError naming the file where one is absent, damaged or does not fit.
+    """
+    images, labels = read_tensors(image_path), read_tensors(label_path)
+    if images.is_floating_point():
+        images = to_uint8(images)
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
+        raise UserError(f"{image_path}: expected images [N, 3, H, W], found {images.dtype} {list(images.shape)}")
+    if labels.is_floating_point() or labels.dim() != 1:
+        raise UserError(f"{label_path}: expected labels [N], found {labels.dtype} {list(labels.shape)}")
+    if len(images) != len(labels):
+        raise UserError(f"{image_path} holds {len(images)} images, but {label_path} {len(labels)} labels: lock again")
+    return images, labels.long()
+
+
+def read_tensors(path):
+    """One tensor, from a file that holds a list of tensors; never unpickles anything but tensors."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; make it with {lock_command(path)}")
+    try:
+        return torch.cat(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch.load raises several kinds for a damaged file; all mean the same here
+        raise UserError(f"{path}: not a list of tensors, or damaged ({first_line(error)}); lock again") from error
+
+
+def lock_command(path):
+    """The lock.py command that makes a locked file, as its name tells."""
+    *numbers, method = Path(path).name.split("_")[2:] or ["basic"]
+    flags = {"mixup": ["--lambd"], "horiz": ["--alpha"], "mixandcat": ["--alpha", "--lambd"]}.get(method, [])
+    values = "".join(f" {flag} {float(number) / 100:g}" for flag, number in zip(flags, numbers))
+    return f"python lock.py --lock-data {Path(path).parent} --lock-method {method}{values}"
+
+
+def write_file(path, save):
+    """Call save(file) on a temporary file beside path, and put it in path's place when it is wholly on the disk."""
+    path = Path(path)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+        try:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def first_line(error):
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+# Config files
+
+# Every key of a config.yaml with its default; where that is a type, the file must give the key.
+# The keys are CIFAR-ZOO's and the original's, seed is new.
+CONFIG = {
+    "architecture": str,
+    "dataset": str,
+    "orig_data_path": str,
+    "locked_train_image": "./data/train_image_basic",
+    "locked_train_label": "./data/train_label_basic",
+    "locked_test_image": "./data/test_image_basic",
+    "locked_test_label": "./data/test_label_basic",
+    "ckpt_path": "./",  # below the run's folder
+    "ckpt_name": "ckpt",
+    "num_classes": 10,
+    "use_gpu": True,
+    "input_size": 32,
+    "epochs": 250,
+    "batch_size": 128,
+    "test_batch": 200,
+    "eval_freq": 2,
+    "workers": 4,  # not used: images stay on the device
+    "seed": 0,
+    "optimize": {"momentum": 0.9, "weight_decay": 1e-4, "nesterov": True},
+    "mixup": False,
+    "mixup_alpha": 0.4,
+    "augmentation": {
+        "normalize": False,
+        "random_crop": True,
+        "random_horizontal_filp": True,  # the original's spelling
+        "cutout": False,
+        "holes": 1,
+        "length": 8,
+    },
+    "lr_scheduler": {
+        "type": "STEP",
+        "base_lr": 0.1,
+        "lr_epochs": [100, 150, 200],
+        "lr_mults": 0.1,
+        "min_lr": 0.0,
+        "lower_bound": -6.0,
+        "upper_bound": 3.0,
+    },
+}
+ALIASES = {"data_path": "orig_data_path"}  # CIFAR-ZOO's name: ours
+
+
+def flatten(tree, prefix=""):
+    """{'a': {'b': 1}} as {'a.b': 1}."""
+    flat = {}
+    for key, value in tree.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def load_config(path, overrides):
+    """Read a config.yaml over the defaults; overrides maps flat keys ('optimize.momentum') to strings.
+
+    Returns an EasyDict with every key of CONFIG. Raises UserError naming the file and the key for an unknown
+    key, a value of the wrong type and a key that is missing.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected keys and values, like 'epochs: 250'")
+    defaults, config = flatten(CONFIG), EasyDict(deepcopy(CONFIG))
+    given = {ALIASES.get(key, key): (value, path) for key, value in flatten(content).items()}
+    for key, text in overrides.items():
+        # text stays text where text is wanted: a folder named 1e3 is no number
+        as_text = defaults[key] is str or isinstance(defaults[key], str)
+        given[key] = (text if as_text else yaml.safe_load(text), f"--{key}")
+    for key, (value, where) in given.items():
+        if key not in defaults:
+            raise UserError(f"{where}: unknown key '{key}'{did_you_mean(key, defaults)}")
+        section, _, name = key.rpartition(".")
+        (config[section] if section else config)[name] = convert(value, defaults[key], f"{where}: {key}")
+    missing = [key for key, default in defaults.items() if default is str and key not in given]
+    if missing:
+        raise UserError(f"{path}: the key '{missing[0]}' is missing")
+    return config
+
+
+def convert(value, default, where):
+    """value as the type of default; raises UserError where it is of another type."""
+    kind = default if isinstance(default, type) else type(default)
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4, which has no dot, as text
+        except ValueError:
+            pass
+    wrong_item = kind is list and isinstance(value, list) and any(type(item) is not int for item in value)
+    if type(value) is not kind or wrong_item:
+        names = {str: "text", int: "a whole number", float: "a number", bool: "True or False", list: "a list of epochs"}
+        raise UserError(f"{where}: expected {names[kind]}, found {value!r}")
+    return value
+
+
+# Devices
+
+
+def pick_device(use_gpu=True):
+    """The device to compute on, and why, as a pair (torch.device, str)."""
+    if use_gpu and torch.cuda.is_available():
+        return torch.device("cuda"), torch.cuda.get_device_name()
+    threads = f"{torch.get_num_threads()} threads"
+    return torch.device("cpu"), f"{threads}, no GPU was found" if use_gpu else threads
