@@ -11,6 +11,7 @@ labels, and prints how well the lock took. Method and constants: arXiv:2002.0379
 import time
 from argparse import RawDescriptionHelpFormatter
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,11 +46,12 @@ def project(images, centers, eps):
     return (centers + delta).clamp(0, 1)
 
 
-def attack(classifier, images, targets, eps, step_size, steps):
+def attack(classifier, images, targets, eps, step_size, steps, on_step=lambda: None):
     """Targeted PGD in an L2 ball, without random start; equals robustness' AttackerModel (use_best=True).
 
     images [N, C, H, W] in [0, 1], targets [N]; eps and step_size in units of those pixels. Returns, image by
     image, the iterate of least cross-entropy to its target, of steps + 1: the image itself and the last included.
+    on_step is called after each evaluation.
     """
     x, best = images, images
     best_losses = torch.full((len(images),), torch.inf, device=images.device)
@@ -64,6 +66,7 @@ def attack(classifier, images, targets, eps, step_size, steps):
             (gradient,) = torch.autograd.grad(losses.sum(), x)
             norms = gradient.flatten(1).norm(dim=1)[:, None, None, None]
             x = project(x.detach() - step_size * gradient / (norms + 1e-10), images, eps)
+        on_step()
     return best
 
 
@@ -106,21 +109,24 @@ def measure(classifier, images, locked, labels, targets):
     }
 
 
-def lock_batch(classifier, images, labels, true_classes_known, args):
-    """Lock images uint8 [N, 3, H, W] with labels int64 [N]; returns (locked images uint8, measurements)."""
+def lock_batch(classifier, images, labels, sources, args, on_step):
+    """Lock images uint8 [N, 3, H, W] with labels int64 [N]; returns (locked images uint8, measurements).
+
+    sources says what the targets are computed from: "labels", or "predictions" of the base classifier.
+    """
     originals = to_float(images)
     with torch.no_grad():
         predictions = classifier(originals).argmax(1)
-    sources = labels if true_classes_known else predictions
+    classes = {"labels": labels, "predictions": predictions}[sources]
     maps = target_maps(args.lock_method, images.device)
     attacked, measurements = {}, {"base": predictions == labels}
     for name, target_map in maps.items():
-        targets = target_map[sources]
-        attacked[name] = attack(classifier, originals, targets, args.eps, args.attack_lr, args.attack_steps)
+        targets = target_map[classes]
+        attacked[name] = attack(classifier, originals, targets, args.eps, args.attack_lr, args.attack_steps, on_step)
         with torch.no_grad():
             measurements[name] = classifier(attacked[name]).argmax(1) == targets
     locked = to_uint8(combine(attacked, args.lock_method, args.alpha, args.lambd))
-    targets = torch.stack([target_map[sources] for target_map in maps.values()])
+    targets = torch.stack([target_map[classes] for target_map in maps.values()])
     return locked, measurements | measure(classifier, images, locked, labels, targets)
 
 
@@ -131,16 +137,23 @@ def lock_split(classifier, images, labels, split, args, device):
     classifier predicts, so that an image without a label can be locked too.
     """
     parts, measured = [], defaultdict(list)
-    with tqdm(total=len(images), desc=split, unit="image") as progress:
+    sources = "labels" if split == "train" else "predictions"
+    evaluations = len(target_maps(args.lock_method, device)) * (args.attack_steps + 1)
+    with tqdm(
+        desc=split,
+        unit="image",
+        total=len(images) * evaluations,
+        unit_scale=1 / evaluations,
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}",
+    ) as progress:
         for start in range(0, len(images), args.batch_size):
             batch = slice(start, start + args.batch_size)
-            locked, measurements = lock_batch(
-                classifier, images[batch].to(device), labels[batch].to(device), split == "train", args
-            )
+            inputs, truth = images[batch].to(device), labels[batch].to(device)
+            advance = partial(progress.update, len(inputs))
+            locked, measurements = lock_batch(classifier, inputs, truth, sources, args, advance)
             parts.append(locked.cpu())
             for name, values in measurements.items():
                 measured[name].append(values.cpu())
-            progress.update(len(locked))
     return torch.cat(parts), {name: torch.cat(values).float() for name, values in measured.items()}
 
 
