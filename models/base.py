@@ -37,10 +37,12 @@ sys.modules.setdefault(_gone.__name__, _gone)
 # It imports GitPython to note its own version, which otherwise fails where there is no git.
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
-from robustness import cifar_models, data_augmentation  # noqa: E402
-from robustness import datasets as robustness_datasets  # noqa: E402
-from robustness.attacker import AttackerModel  # noqa: E402
-from robustness.model_utils import DummyModel  # noqa: E402
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", SyntaxWarning)  # Python 3.12 frowns at the backslashes in its docstrings
+    from robustness import cifar_models, data_augmentation
+    from robustness import datasets as robustness_datasets
+    from robustness.attacker import AttackerModel
+    from robustness.model_utils import DummyModel
 
 
 @contextmanager
@@ -175,6 +177,7 @@ def robustness_main():
     """The module robustness.main, which offers in its flags just the data sets that this project can lock."""
     robustness_datasets.DATASETS = ROBUSTNESS_DATASETS
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)
         warnings.filterwarnings("ignore", message="Could not import amp")
         from robustness import defaults, main  # here: it reads the data sets' names as it is imported
     defaults.TRAINING_DEFAULTS[Digits] = {"epochs": 20, "batch_size": 64, "weight_decay": 5e-4, "step_lr": 8}

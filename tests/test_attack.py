@@ -1,11 +1,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from robustness.attacker import AttackerModel
 from torch import nn
 
 import lock
-from models.base import ROBUSTNESS_DATASETS, DummyModel, cuda_optional
+from models.base import ROBUSTNESS_DATASETS, AttackerModel, DummyModel, cuda_optional
 from tests.conftest import small_classifier
 
 
