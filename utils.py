@@ -37,15 +37,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(main):
-    """Call main(); a UserError becomes one line on standard error and exit code 2, Ctrl-C exit code 130."""
+    """Call main(); a mistake of the user's becomes one line on standard error and exit code 2, Ctrl-C exit code 130."""
     try:
         main()
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except (UserError, OSError, torch.cuda.OutOfMemoryError) as error:
+        message = "the GPU's memory is full; take smaller batches" if isinstance(error, RuntimeError) else error
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        sys.exit(2)
 
 
 def check_known(name, known, what):
@@ -267,7 +268,7 @@ def load_config(path, overrides):
     for key, text in overrides.items():
         # text stays text where text is wanted: a folder named 1e3 is no number
         as_text = defaults[key] is str or isinstance(defaults[key], str)
-        given[key] = (text if as_text else yaml.safe_load(text), f"--{key}")
+        given[key] = (text if as_text else parse_value(text), f"--{key}")
     for key, (value, where) in given.items():
         if key not in defaults:
             raise UserError(f"{where}: unknown key '{key}'{did_you_mean(key, defaults)}")
@@ -277,6 +278,14 @@ def load_config(path, overrides):
     if missing:
         raise UserError(f"{path}: the key '{missing[0]}' is missing")
     return config
+
+
+def parse_value(text):
+    """The YAML value of a flag, or the text itself where it is no YAML."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def convert(value, default, where):
