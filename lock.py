@@ -9,10 +9,8 @@ labels, and prints how well the lock took. Method and constants: arXiv:2002.0379
 """
 
 import time
-from argparse import RawDescriptionHelpFormatter
 from collections import defaultdict
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +19,7 @@ from tqdm import tqdm
 
 import utils
 from models.base import load_classifier
-from utils import DATASETS, SPLITS, UserError, lock_suffix, locked_path, to_float, to_uint8
+from utils import DATASETS, SPLITS, UserError, lock_suffix, locked_path, number, to_float, to_uint8
 
 # True class -> target class, in CIFAR-10's order. T2 keeps class 9 and T4 class 7, as the original does.
 TARGET_MAPS = {
@@ -160,29 +158,21 @@ def lock_split(classifier, images, labels, split, args, device):
 def report(measured, method):
     """How well a lock took, as lines of text, from the measurements of lock_split."""
     attacks = ", ".join(f"{name} {measured[name].mean():.2%}" for name in target_maps(method, "cpu"))
+    changed = measured["l2"] > 0  # the PSNR of an image that is as it was is infinite
+    psnr = measured["psnr"][changed].mean()
     return (
         f"  base classifier, on the originals  {measured['base'].mean():.2%} right\n"
         f"  attacks that reach their target    {attacks}\n"
         f"  locked images, sent to a target    {measured['to_target'].mean():.2%}, "
         f"still given the true label {measured['to_true'].mean():.2%}\n"
         f"  L2 distance to the originals       mean {measured['l2'].mean():.3f}, largest {measured['l2'].max():.3f}\n"
-        f"  likeness                           PSNR {measured['psnr'].mean():.2f} dB, "
-        f"SSIM {measured['ssim'].mean():.4f}"
+        f"  likeness                           PSNR {psnr:.2f} dB, "
+        f"SSIM {measured['ssim'].mean():.4f}" + ("" if changed.all() else f", {(~changed).sum()} images unchanged")
     )
 
 
 def parse_arguments():
-    def number(kind, low, high=float("inf")):
-        def parse(text):
-            value = kind(text)
-            if not low <= value <= high:
-                raise ValueError
-            return value
-
-        parse.__name__ = f"number from {low} to {high}" if high < float("inf") else f"number from {low}"
-        return parse
-
-    parser = utils.Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = utils.Parser(__doc__)
     add = parser.add_argument
     add("--dataset", choices=DATASETS, default="cifar", help="the data set to lock (cifar and cifar10 are one)")
     add("--orig-data", default="./data/cifar10", help="its folder (default: %(default)s)")
@@ -203,7 +193,7 @@ def parse_arguments():
     add("--subset", type=number(int, 1), help="lock only the first SUBSET images of each split")
     add(
         "--manual-seed",
-        type=int,
+        type=number(int, 0, 2**63),
         default=23,
         help="seed of torch; the attack itself draws nothing (default: %(default)s)",
     )
@@ -218,19 +208,21 @@ def main():
     paths = {
         split: [locked_path(args.lock_data, split, kind, suffix) for kind in ("image", "label")] for split in SPLITS
     }
-    for path in sum(paths.values(), []):
-        if path.exists() and not args.overwrite:
-            raise UserError(f"{path} exists; name another folder with --lock-data, or replace it with --overwrite")
+    stale = [path for path in sum(paths.values(), []) if path.exists()]
+    if stale and not args.overwrite:
+        raise UserError(f"{stale[0]} exists; name another folder with --lock-data, or replace it with --overwrite")
     torch.manual_seed(args.manual_seed)
     device, reason = utils.pick_device()
     classifier = load_classifier(args.resume_path, args.arch, args.dataset).to(device)
     splits = {split: DATASETS[args.dataset].load(args.orig_data, split == "train") for split in SPLITS}
-    Path(args.lock_data).mkdir(parents=True, exist_ok=True)
+    utils.make_folder(args.lock_data)
     print(f"Locking {args.dataset} by {args.lock_method} with {args.arch}, on {device} ({reason})")
     for split, (images, labels) in splits.items():
         images, labels = images[: args.subset], labels[: args.subset]
         start = time.time()
         locked, measured = lock_split(classifier, images, labels, split, args, device)
+        while stale:  # all of them before the first new one, so that files of two locks never stand side by side
+            stale.pop().unlink()
         for path, tensor in zip(paths[split], (locked, labels.clone())):
             utils.write_file(path, lambda file, tensor=tensor: torch.save([tensor], file))
         seconds = time.time() - start

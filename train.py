@@ -8,11 +8,11 @@ reports the accuracy on the locked and on the original test set. Any key can be 
 of each lock method and seed: experiments/cifar10/preresnet110/basic/seed0.
 """
 
+import hashlib
 import json
 import math
 import shutil
 import time
-from argparse import RawDescriptionHelpFormatter
 from datetime import datetime
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import utils
 from models import MODELS
-from utils import CONFIG, DATASETS, UserError, lock_suffix, locked_path, to_float
+from utils import CONFIG, DATASETS, LOCK_METHODS, UserError, lock_suffix, locked_path, number, parse_suffix, to_float
 
 # Augmentation, on the device, a batch at a time
 
@@ -66,9 +66,9 @@ def cutout(images, holes, length):
 def mixup(inputs, targets, alpha):
     """Blend a batch with a shuffle of itself (Zhang et al., 2018).
 
-    Returns the blend, the targets of its other part, and the weight of the first part.
+    Returns the blend, the targets of its other part, and the weight of the first part; alpha 0 blends nothing.
     """
-    weight = torch.distributions.Beta(alpha, alpha).sample().item()
+    weight = torch.distributions.Beta(alpha, alpha).sample().item() if alpha > 0 else 1.0
     order = torch.randperm(len(inputs), device=inputs.device)
     return weight * inputs + (1 - weight) * inputs[order], targets[order], weight
 
@@ -154,20 +154,31 @@ def load_data(config):
 
     Raises UserError where a file is absent or does not fit the config.
     """
+    flags = f" --dataset {config.dataset} --orig-data {config.orig_data_path}"
     data = {
-        "locked_train": utils.load_locked(config.locked_train_image, config.locked_train_label),
-        "locked_test": utils.load_locked(config.locked_test_image, config.locked_test_label),
+        "locked_train": utils.load_locked(config.locked_train_image, config.locked_train_label, flags),
+        "locked_test": utils.load_locked(config.locked_test_image, config.locked_test_label, flags),
         "original": DATASETS[config.dataset].load(config.orig_data_path, train=False),
     }
     for name, (images, labels) in data.items():
-        where = config.get(f"{name}_image", config.orig_data_path)
+        where = config.get(f"{name}_label", config.orig_data_path)
         if images.shape[2:] != (config.input_size, config.input_size):
             raise UserError(
                 f"{where}: images are {list(images.shape[2:])} pixels, but input_size is {config.input_size}"
             )
         if labels.min() < 0 or labels.max() >= config.num_classes:
-            raise UserError(f"{where}: labels go up to {labels.max()}, but num_classes is {config.num_classes}")
+            found = f"labels go from {labels.min()} to {labels.max()}"
+            raise UserError(f"{where}: {found}, but num_classes is {config.num_classes}")
     return data
+
+
+def fingerprint(data):
+    """SHA-256 of all the images and labels of load_data, in hexadecimal."""
+    digest = hashlib.sha256()
+    for images, labels in data.values():
+        digest.update(images.numpy())
+        digest.update(labels.numpy())
+    return digest.hexdigest()
 
 
 def pictures(originals, locked):
@@ -178,11 +189,13 @@ def pictures(originals, locked):
     return F.interpolate(grid[None], scale_factor=3)[0]
 
 
-# A run may be resumed with other values of these keys; any other would make it a different run.
-FREE_ON_RESUME = {"epochs", "eval_freq", "test_batch", "use_gpu", "workers"}
+# A run may be resumed with other values of these keys: the data are compared themselves, not by their paths.
+# So may epochs, where the schedule is STEP. Any other key would make it a different run.
+PATHS = [key for key in CONFIG if key.startswith(("locked_", "orig_data", "ckpt_"))]
+FREE_ON_RESUME = {"eval_freq", "test_batch", "use_gpu", "workers", *PATHS}
 
 
-def save_checkpoint(path, model, optimizer, epoch, history, config):
+def save_checkpoint(path, model, optimizer, epoch, history, config, data_hash):
     """Write all that --resume needs, after an epoch; history is the list of evaluations so far."""
     state = {
         "epoch": epoch,
@@ -190,21 +203,25 @@ def save_checkpoint(path, model, optimizer, epoch, history, config):
         "optimizer": optimizer.state_dict(),
         "history": history,
         "config": utils.flatten(config),
+        "data": data_hash,
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
     utils.write_file(path, lambda file: torch.save(state, file))
 
 
-def load_checkpoint(path, model, optimizer, config):
+def load_checkpoint(path, model, optimizer, config, data_hash):
     """Restore what save_checkpoint wrote; returns (epochs done, history). Raises UserError where it does not fit."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         then = state["config"]
     except Exception as error:  # a damaged file fails in many ways; all mean the same here
         raise UserError(f"{path}: damaged ({utils.first_line(error)}); start again with --overwrite") from error
+    if state["data"] != data_hash:
+        raise UserError(f"--resume: {path} was trained on other data than the files hold now; start with --overwrite")
+    free = FREE_ON_RESUME | ({"epochs"} if config.lr_scheduler.type == "STEP" else set())
     for key, now in utils.flatten(config).items():
-        if key not in FREE_ON_RESUME and then.get(key) != now:
+        if key not in free and then.get(key) != now:
             raise UserError(
                 f"--resume: {path} was trained with {key} {then.get(key)}, but it is {now} now; set it back"
             )
@@ -221,15 +238,13 @@ def load_checkpoint(path, model, optimizer, config):
 
 def parse_arguments():
     """The arguments, and the config with the flags' values in it."""
-    parser = utils.Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = utils.Parser(__doc__)
     parser.add_argument("--work-path", required=True, help="folder of an experiment, with its config.yaml")
     parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="start again where the run's folder holds one already")
-    parser.add_argument(
-        "--lock-method", choices=("basic", "mixup", "horiz", "mixandcat"), help="use the files of this method"
-    )
-    parser.add_argument("--alpha", type=float, default=0.5, help="as lock.py had it (default: %(default)s)")
-    parser.add_argument("--lambd", type=float, default=0.5, help="as lock.py had it (default: %(default)s)")
+    parser.add_argument("--lock-method", choices=LOCK_METHODS, help="use the files of this method")
+    for name in ("alpha", "lambd"):
+        parser.add_argument(f"--{name}", type=number(float, 0, 1), help=f"lock.py's --{name} (default: 0.5)")
     keys = parser.add_argument_group("keys of config.yaml")
     for key, default in utils.flatten(CONFIG).items():
         keys.add_argument(f"--{key}", metavar="VALUE", help=None if default is str else f"default: {default}")
@@ -240,8 +255,11 @@ def parse_arguments():
     overrides = {key: value for key, value in vars(args).items() if key in utils.flatten(CONFIG) and value is not None}
     config = utils.load_config(Path(args.work_path, "config.yaml"), overrides)
     check_config(config, Path(args.work_path, "config.yaml"))
+    given = {name: value for name in ("alpha", "lambd") if (value := getattr(args, name)) is not None}
+    if given and not args.lock_method:
+        raise UserError(f"--{min(given)} goes with --lock-method")
     if args.lock_method:
-        suffix = lock_suffix(args.lock_method, args.alpha, args.lambd)
+        suffix = lock_suffix(args.lock_method, **given)
         for split in utils.SPLITS:
             for kind in ("image", "label"):
                 key = f"locked_{split}_{kind}"
@@ -249,14 +267,30 @@ def parse_arguments():
     return args, config
 
 
+MANY = 10**9
+RANGES = {
+    **dict.fromkeys(("epochs", "batch_size", "test_batch", "eval_freq", "input_size", "num_classes"), (1, MANY)),
+    **dict.fromkeys(("mixup_alpha", "optimize.weight_decay", "augmentation.holes", "augmentation.length"), (0, MANY)),
+    **dict.fromkeys(("lr_scheduler.base_lr", "lr_scheduler.min_lr", "lr_scheduler.lr_mults"), (0, MANY)),
+    **dict.fromkeys(("lr_scheduler.lower_bound", "lr_scheduler.upper_bound"), (-MANY, MANY)),
+    "optimize.momentum": (0, 1),
+    "seed": (0, 2**63),
+}
+
+
 def check_config(config, path):
     """Raise UserError where a value of the config is not one that it can have."""
     utils.check_known(config.architecture, MODELS, f"{path}: architecture")
     utils.check_known(config.dataset, DATASETS, f"{path}: dataset")
     utils.check_known(config.lr_scheduler.type, ("STEP", "COSINE", "HTD"), f"{path}: lr_scheduler.type")
-    for key in ("epochs", "batch_size", "test_batch", "eval_freq"):
-        if config[key] < 1:
-            raise UserError(f"{path}: {key} is {config[key]}; it must be at least 1")
+    values = utils.flatten(config)
+    for key, (low, high) in RANGES.items():
+        if not (math.isfinite(values[key]) and low <= values[key] <= high):
+            raise UserError(f"{path}: {key} is {values[key]}; it must lie between {low} and {high}")
+    if config.optimize.nesterov and config.optimize.momentum == 0:
+        raise UserError(f"{path}: optimize.nesterov needs a momentum; set it to False")
+    if Path(config.ckpt_name).name != config.ckpt_name:
+        raise UserError(f"{path}: ckpt_name is '{config.ckpt_name}'; it must be a file's name, without a folder")
 
 
 def prepare_folder(args, config, suffix):
@@ -264,13 +298,13 @@ def prepare_folder(args, config, suffix):
     folder = Path(args.work_path, suffix, f"seed{config.seed}")
     checkpoint = folder / config.ckpt_path / f"{config.ckpt_name}.pth.tar"
     if not args.resume:
-        if (checkpoint.exists() or (folder / "result.json").exists()) and not args.overwrite:
+        if folder.exists() and any(folder.iterdir()) and not args.overwrite:
             raise UserError(
                 f"{folder} holds a run already: go on with --resume, start again with --overwrite, or set --seed"
             )
         shutil.rmtree(folder, ignore_errors=True)
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    utils.make_folder(folder)
+    utils.make_folder(checkpoint.parent)
     return folder, checkpoint
 
 
@@ -280,7 +314,7 @@ def summary(config, suffix, history):
     return {
         "architecture": config.architecture,
         "dataset": config.dataset,
-        "lock_method": suffix.split("_")[-1],
+        "lock_method": parse_suffix(suffix)[0],
         "seed": config.seed,
         "epochs": last["epoch"],
         "locked_acc": last["locked_acc"],
@@ -332,56 +366,64 @@ def run_epoch(model, optimizer, data, epoch, config, writers, log):
         for name, short in {"locked": "locked", "original": "orig"}.items():
             writers[name].add_scalar("accuracy/test", record[f"{short}_acc"], epoch)
             writers[name].add_scalar("loss/test", record[f"{short}_loss"], epoch)
-        line += "  test: locked {locked_acc:6.2f} %, original {orig_acc:6.2f} %".format(**record)
+        line += (
+            "  test: locked {locked_acc:6.2f} % (loss {locked_loss:.4f}), "
+            "original {orig_acc:6.2f} % (loss {orig_loss:.4f})".format(**record)
+        )
     log(f"{line}  {time.time() - start:.1f} s")
     return record
 
 
 def show_pictures(data, folder, writer):
-    """Write the pictures of the first ten test images, unless the locked ones are not in the original order."""
-    (locked, locked_labels), (originals, labels) = data["locked_test"], data["original"]
-    if not torch.equal(locked_labels[:10], labels[: len(locked_labels)][:10]):
-        return "no pictures: the locked test set is not in the order of the original one"
+    """Write the pictures of the first ten test images; returns their path."""
+    (originals, _), (locked, _) = data["original"], data["locked_test"]
     grid = pictures(originals[: len(locked)][:10], locked[:10])
-    save_image(grid, folder / "images.png")
     writer.add_image("images/originals, locked, 10 x difference", grid)
-    return f"pictures (originals, locked, ten times the difference): {folder / 'images.png'}"
+    save_image(grid, folder / "images.png")
+    return folder / "images.png"
 
 
 def main():
     args, config = parse_arguments()
     data = load_data(config)
+    data_hash = fingerprint(data)
     suffix = Path(config.locked_train_image).name.removeprefix("train_image_")
-    folder, checkpoint = prepare_folder(args, config, suffix)
     device, reason = utils.pick_device(config.use_gpu)
-    log = log_to(folder / "log.txt")
-    log(f"{config.architecture} on {suffix}, seed {config.seed}, on {device} ({reason}), in {folder}")
-
     torch.manual_seed(config.seed)
     torch.backends.cudnn.benchmark = True
     model = MODELS[config.architecture](num_classes=config.num_classes).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=config.lr_scheduler.base_lr, **config.optimize)
+
+    folder, checkpoint = prepare_folder(args, config, suffix)
+    log = log_to(folder / "log.txt")
+    log(f"{config.architecture} on {suffix}, seed {config.seed}, on {device} ({reason}), in {folder}")
+    labels, original_labels = data["locked_test"][1], data["original"][1]
+    if not torch.equal(labels, original_labels[: len(labels)]):
+        log("warning: the locked test labels are not the original's: another order, or another data set?")
     done, history = 0, []
     if args.resume and checkpoint.exists():
-        done, history = load_checkpoint(checkpoint, model, optimizer, config)
+        done, history = load_checkpoint(checkpoint, model, optimizer, config, data_hash)
     if args.resume:
         log(f"resumed after epoch {done}" if done else f"nothing to resume in {checkpoint}: starting at epoch 1")
     writers = open_writers(folder, done + 1)
-    log(show_pictures(data, folder, writers["run"]))
+    picture = show_pictures(data, folder, writers["run"])
     data = {name: (images.to(device), labels.to(device)) for name, (images, labels) in data.items()}
 
     for epoch in range(done + 1, config.epochs + 1):
         record = run_epoch(model, optimizer, data, epoch, config, writers, log)
-        best_so_far = max((earlier["locked_acc"] for earlier in history), default=-1)
+        is_best = record and record["locked_acc"] > max((earlier["locked_acc"] for earlier in history), default=-1)
         history += [record] if record else []
-        save_checkpoint(checkpoint, model, optimizer, epoch, history, config)
-        if record and record["locked_acc"] > best_so_far:
-            shutil.copyfile(checkpoint, checkpoint.with_name(f"{config.ckpt_name}_best.pth.tar"))
+        # The best first: were it second, a run stopped between the two would never write it.
+        names = [f"{config.ckpt_name}_best", config.ckpt_name] if is_best else [config.ckpt_name]
+        for name in names:
+            path = checkpoint.with_name(f"{name}.pth.tar")
+            save_checkpoint(path, model, optimizer, epoch, history, config, data_hash)
     for writer in writers.values():
         writer.close()
 
     result = summary(config, suffix, history)
     (folder / "result.json").write_text(json.dumps({**result, "config": config, "history": history}, indent=1))
+    log(f"pictures (originals, locked, ten times the difference): {picture}")
     log(f"curves: tensorboard --logdir {args.work_path}")
     log(
         "{architecture}, {lock_method}, seed {seed}, {epochs} epochs: "

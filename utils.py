@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import os
 import sys
 import tempfile
@@ -26,14 +27,27 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UserErrors, and that takes no abbreviated flags."""
+    """An ArgumentParser of a script's docstring, whose errors are UserErrors, and that takes no abbreviated flags."""
 
-    def __init__(self, **kwargs):
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
-        super().__init__(allow_abbrev=False, **kwargs)
+    def __init__(self, description):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
 
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
+
+
+def number(kind, low, high=math.inf):
+    """A converter of a flag's text to a finite number, int or float, from low to high."""
+
+    def parse(text):
+        value = kind(text)
+        if not (math.isfinite(value) and low <= value <= high):
+            raise ValueError
+        return value
+
+    parse.__name__ = f"number from {low}" + (f" to {high}" if high < math.inf else "")  # argparse shows it
+    return parse
 
 
 def run_command(main):
@@ -123,6 +137,9 @@ def to_float(images):
 
 # Locked files
 
+# The lock methods, and the parameters that each reads, in the order in which a file's name gives them.
+LOCK_METHODS = {"basic": (), "mixup": ("lambd",), "horiz": ("alpha",), "mixandcat": ("alpha", "lambd")}
+
 
 def lock_suffix(method, alpha=0.5, lambd=0.5):
     """The end of a locked file's name: the original's basic, 50_mixup, 50_horiz and mixandcat.
@@ -130,11 +147,17 @@ def lock_suffix(method, alpha=0.5, lambd=0.5):
     The original's mixandcat carries neither parameter; here it does where one differs from 0.5,
     as 30_50_mixandcat for alpha 0.3, so that two such locks never share a name.
     """
-    # ':g' because int(100 * 0.29) is 28
-    alpha, lambd = f"{100 * alpha:g}", f"{100 * lambd:g}"
-    if method == "mixandcat" and (alpha, lambd) != ("50", "50"):
-        return f"{alpha}_{lambd}_mixandcat"
-    return {"mixup": f"{lambd}_mixup", "horiz": f"{alpha}_horiz"}.get(method, method)
+    values = {"alpha": alpha, "lambd": lambd}
+    percents = [f"{100 * values[name]:.12g}" for name in LOCK_METHODS[method]]  # int(100 * 0.29) would be 28
+    if method == "mixandcat" and percents == ["50", "50"]:
+        percents = []
+    return "_".join([*percents, method])
+
+
+def parse_suffix(suffix):
+    """The method and its parameters, by name, from the end of a locked file's name."""
+    *percents, method = suffix.split("_")
+    return method, {name: float(percent) / 100 for name, percent in zip(LOCK_METHODS.get(method, ()), percents)}
 
 
 def locked_path(folder, split, kind, suffix):
@@ -142,28 +165,32 @@ def locked_path(folder, split, kind, suffix):
     return Path(folder) / f"{split}_{kind}_{suffix}"
 
 
-def load_locked(image_path, label_path):
+def load_locked(image_path, label_path, lock_flags=""):
     """Locked images uint8 [N, 3, H, W] and labels int64 [N], from a pair of files.
 
     Reads what lock.py writes, and the original's lists of float32 batches in [0, 1], which are rounded to
     the nearest 8-bit value. Raises UserError naming the file where one is absent, damaged or does not fit.
+    lock_flags, such as " --dataset digits", go into the command that the error names.
     """
-    images, labels = read_tensors(image_path), read_tensors(label_path)
+    images, labels = read_tensors(image_path, lock_flags), read_tensors(label_path, lock_flags)
     if images.is_floating_point():
+        rounding = 0.5 / 255
+        if not ((images > -rounding) & (images < 1 + rounding)).all():
+            raise UserError(f"{image_path}: images of floats must lie in [0, 1]; lock again")
         images = to_uint8(images)
-    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3 or len(images) == 0:
         raise UserError(f"{image_path}: expected images [N, 3, H, W], found {images.dtype} {list(images.shape)}")
-    if labels.is_floating_point() or labels.dim() != 1:
+    if labels.dtype not in (torch.int64, torch.int32, torch.uint8) or labels.dim() != 1:
         raise UserError(f"{label_path}: expected labels [N], found {labels.dtype} {list(labels.shape)}")
     if len(images) != len(labels):
         raise UserError(f"{image_path} holds {len(images)} images, but {label_path} {len(labels)} labels: lock again")
     return images, labels.long()
 
 
-def read_tensors(path):
+def read_tensors(path, lock_flags=""):
     """One tensor, from a file that holds a list of tensors; never unpickles anything but tensors."""
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; make it with {lock_command(path)}")
+        raise UserError(f"{path}: no such file; make it with {lock_command(path)}{lock_flags}")
     try:
         return torch.cat(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch.load raises several kinds for a damaged file; all mean the same here
@@ -172,28 +199,35 @@ def read_tensors(path):
 
 def lock_command(path):
     """The lock.py command that makes a locked file, as its name tells."""
-    *numbers, method = Path(path).name.split("_")[2:] or ["basic"]
-    flags = {"mixup": ["--lambd"], "horiz": ["--alpha"], "mixandcat": ["--alpha", "--lambd"]}.get(method, [])
-    values = "".join(f" {flag} {float(number) / 100:g}" for flag, number in zip(flags, numbers))
-    return f"python lock.py --lock-data {Path(path).parent} --lock-method {method}{values}"
+    method, parameters = parse_suffix("_".join(Path(path).name.split("_")[2:]) or "basic")
+    flags = "".join(f" --{name} {value:g}" for name, value in parameters.items() if value != 0.5)
+    return f"python lock.py --lock-data {Path(path).parent} --lock-method {method}{flags}"
 
 
 def write_file(path, save):
     """Call save(file) on a temporary file beside path, and put it in path's place when it is wholly on the disk."""
     path = Path(path)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        try:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
             save(file)
             file.flush()
             os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def make_folder(path):
+    """Make a folder that files can be written to; raises OSError where that cannot be."""
+    Path(path).mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path).close()
 
 
 def first_line(error):
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+    """What an error says, short enough for a line."""
+    return (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0][:150]
 
 
 # Config files
@@ -270,6 +304,8 @@ def load_config(path, overrides):
         as_text = defaults[key] is str or isinstance(defaults[key], str)
         given[key] = (text if as_text else parse_value(text), f"--{key}")
     for key, (value, where) in given.items():
+        if isinstance(CONFIG.get(key), dict):
+            raise UserError(f"{where}: {key}: expected keys below it, like {', '.join(CONFIG[key])}")
         if key not in defaults:
             raise UserError(f"{where}: unknown key '{key}'{did_you_mean(key, defaults)}")
         section, _, name = key.rpartition(".")

@@ -8,16 +8,19 @@ robustness' own loop, data sets, checkpoints and store. What that release needs 
 the part "To run robustness today".
 """
 
+import ast
+import codecs
 import inspect
 import os
 import sys
 import types
 import warnings
-from argparse import RawDescriptionHelpFormatter
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -93,9 +96,6 @@ class Digits(robustness_datasets.DataSet):
             transform_test=data_augmentation.TEST_TRANSFORMS_DEFAULT(32),
         )
 
-    def get_model(self, arch, pretrained):
-        return build_classifier(arch, self.num_classes)
-
 
 ROBUSTNESS_DATASETS = {
     "cifar": robustness_datasets.CIFAR,
@@ -111,7 +111,7 @@ ROBUSTNESS_MODELS = {
     for name, value in vars(cifar_models).items()
     if inspect.isfunction(value) and name not in ("test", "ResNet18Thin")
 }
-ARCHITECTURES = {**MODELS, **ROBUSTNESS_MODELS}  # a name that both have (vgg19) is robustness'
+ARCHITECTURES = {**MODELS, **ROBUSTNESS_MODELS}  # a name that both have, as vgg19, is robustness'
 
 
 def build_classifier(arch, num_classes=10):
@@ -129,10 +129,19 @@ def attacker_model(arch, dataset):
     return AttackerModel(build_classifier(arch), ROBUSTNESS_DATASETS[dataset]("."))
 
 
+# What a pickled numpy number consists of: robustness' cyclic and linear schedules leave some in a checkpoint.
+NUMPY_NUMBERS = [
+    np.dtype,
+    type(np.dtype("float64")),
+    codecs.encode,
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
+
+
 def read_checkpoint(path):
     """A robustness checkpoint as a dict, its tensors on the CPU, keys of its model as AttackerModel's.
 
-    robustness writes with dill, but only tensors and plain values, so torch.load's restricted reader is enough
+    robustness writes with dill, but only tensors and plain numbers, so torch.load's restricted reader is enough
     and nothing in the file can run. Raises UserError where the file is absent, damaged or something else.
     """
     if not Path(path).is_file():
@@ -140,7 +149,8 @@ def read_checkpoint(path):
             f"{path}: no such checkpoint; train a base classifier with python -m models.base, or name another"
         )
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(NUMPY_NUMBERS):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         state = checkpoint["model"] if "model" in checkpoint else checkpoint["state_dict"]
         state = {key.removeprefix("module."): value for key, value in state.items()}
         finite = all(value.isfinite().all() for value in state.values())
@@ -186,44 +196,76 @@ def robustness_main():
 
 def parse_arguments(main):
     """robustness' flags, checked and filled in with its defaults, as its own Parameters."""
-    defaults, parser = main.defaults, utils.Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    defaults, parser = main.defaults, utils.Parser(__doc__)
     for group in (defaults.CONFIG_ARGS, defaults.MODEL_LOADER_ARGS, defaults.TRAINING_ARGS, defaults.PGD_ARGS):
         defaults.add_args_to_parser(group, parser)
-    parser.add_argument(
-        "--manual-seed", type=int, default=23, help="seed of weights, order and augmentation (default: 23)"
-    )
+    parser.add_argument("--manual-seed", type=int, default=23, help="seed of everything drawn (default: 23)")
     # robustness' own default of 30 loader workers swamps most machines
     parser.set_defaults(workers=min(16, os.cpu_count()))
     given = parser.parse_args()
-    if not (given.dataset or given.config_path):
-        parser.error(f"--dataset is required: one of {', '.join(ROBUSTNESS_DATASETS)}")
     try:
-        args = main.setup_args(main.cox.utils.Parameters(vars(given)))
-    except (ValueError, OSError) as error:  # "adv_train required"; a --config-path that cannot be read
-        raise UserError(
-            f"--{error}".replace("_", "-") if "required" in str(error) else f"--config-path: {error}"
-        ) from error
+        args = main.cox.utils.Parameters(vars(given))
+        if given.config_path:  # robustness fills in from the file what no flag gives
+            args = main.cox.utils.override_json(args, given.config_path)
+        if args.dataset not in ROBUSTNESS_DATASETS:
+            raise UserError(f"--dataset is required: one of {', '.join(ROBUSTNESS_DATASETS)}")
+        args.config_path = None
+        args = main.setup_args(args)
+    except AssertionError as error:  # --eval-only
+        raise UserError("--resume is required with --eval-only 1") from error
+    except ValueError as error:  # "adv_train required", or a file that is no JSON
+        where = "--" if "required" in str(error) else "--config-path: "
+        raise UserError(where + str(error).replace("_", "-")) from error
     check_arguments(args)
     return args
 
 
+# The least value of each flag that is a number.
+LEAST = {
+    **dict.fromkeys(("epochs", "batch_size", "step_lr", "log_iters", "attack_steps"), 1),
+    **dict.fromkeys(("workers", "lr", "weight_decay", "momentum", "manual_seed"), 0),
+    "save_ckpt_iters": -1,
+}
+
+
 def check_arguments(args):
     """Raise UserError for what robustness would only find out later, or not at all."""
-    broken = {"mixed_precision": 1, "constraint": "fourier"}
-    for name, value in broken.items():
-        if getattr(args, name) == value:
-            raise UserError(f"--{name.replace('_', '-')} {value} does not work in robustness 1.2.1; leave it out")
-    if args.random_restarts or args.constraint == "random_smooth":
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        if value is not None and not (isinstance(value, (int, float)) and value >= least):
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be a number, and at least {least}")
+    if args.save_ckpt_iters == 0:
+        raise UserError("--save-ckpt-iters 0: must be -1, for none, or at least 1")
+    check_expressions(args)
+    if args.mixed_precision or args.random_restarts or args.constraint in ("fourier", "random_smooth"):
         raise UserError(
-            "--random-restarts and --constraint random_smooth do not work in robustness 1.2.1; leave them out"
+            "--mixed-precision 1, --random-restarts and --constraint fourier or random_smooth "
+            "do not work in robustness 1.2.1; leave them out"
         )
+    utils.check_known(args.arch, ARCHITECTURES, "--arch")
     folder = Path(args.out_dir, args.exp_name or "")
-    if args.exp_name and not args.resume and (folder / "checkpoint.pt.best").exists():
+    goes_on = args.eval_only or (args.resume and Path(args.resume).resolve().parent == folder.resolve())
+    if args.exp_name and not goes_on and (folder / "checkpoint.pt.best").exists():
         raise UserError(
             f"--exp-name {args.exp_name}: {folder} holds a trained classifier already; choose another name, "
             f"delete the folder, or go on with --resume {folder}/checkpoint.pt.latest --resume-optimizer 1"
         )
     DATASETS[args.dataset].load(args.data, train=False)
+
+
+def check_expressions(args):
+    """robustness evaluates these flags as Python; let through only numbers, fractions and lists of numbers."""
+    try:
+        for name in ("eps", "attack_lr"):
+            if getattr(args, name) is not None:
+                setattr(args, name, str(float(Fraction(getattr(args, name)))))  # 8/255, say
+        for name in ("custom_lr_multiplier", "custom_eps_multiplier"):
+            if getattr(args, name) not in (None, "cyclic"):
+                for epoch, factor in ast.literal_eval(getattr(args, name)):
+                    float(epoch), float(factor)
+    except (ValueError, TypeError, SyntaxError, ZeroDivisionError) as error:
+        flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+        raise UserError(f"{flag}: expected a number, or of a multiplier [(epoch, factor), ...]") from error
 
 
 def make_store(main, args):
@@ -235,6 +277,16 @@ def make_store(main, args):
     return main.setup_store_with_metadata(args)
 
 
+def report(store, key):
+    """Say which checkpoint is the best, and how good; there is none where no epoch beat the one resumed from."""
+    path = Path(store.path, "checkpoint.pt.best")
+    if path.exists():
+        best = read_checkpoint(path)
+        print(f"Base classifier: {path}, {best[key]:.2f} % on the test set after epoch {best['epoch']}")
+    else:
+        print(f"No epoch was better than the checkpoint resumed from: {path} was not written")
+
+
 def train():
     """Train or evaluate a base classifier as the flags say; its folder is --out-dir/--exp-name."""
     main = robustness_main()
@@ -243,24 +295,25 @@ def train():
     torch.manual_seed(args.manual_seed)
     model = load_base(args.resume, args.arch, args.dataset) if args.resume else attacker_model(args.arch, args.dataset)
     checkpoint = read_checkpoint(args.resume) if args.resume and args.resume_optimizer else None
+    if checkpoint and "optimizer" not in checkpoint:
+        raise UserError(f"{args.resume}: holds no optimizer; leave --resume-optimizer out")
     dataset = ROBUSTNESS_DATASETS[args.dataset](args.data)
     loaders = dataset.make_loaders(args.workers, args.batch_size, data_aug=bool(args.data_aug))
     if device.type == "cuda":
         loaders = [main.helpers.DataPrefetcher(loader) for loader in loaders]
+    utils.make_folder(args.out_dir)
     store = make_store(main, args)
     print(f"{args.arch} on {args.dataset}, on {device} ({reason}), in {store.path}")
     with cuda_optional():
         if args.eval_only:
             args.adv_eval = args.adv_eval or 0
-            main.eval_model(args, model.to(device), loaders[1], store=store)
+            result = main.eval_model(args, model.to(device), loaders[1], store=store)
+            kind = "adv" if args.adv_eval else "nat"
+            print(f"accuracy {result[f'{kind}_prec1']:.2f} % on the test set, loss {result[f'{kind}_loss']:.4f}")
         else:
             main.train_model(args, model.to(device), loaders, store=store, checkpoint=checkpoint)
+            report(store, "adv_prec1" if args.adv_train else "nat_prec1")
     store.close()
-    if not args.eval_only:
-        path = Path(store.path, "checkpoint.pt.best")
-        best = read_checkpoint(path)
-        accuracy = best["adv_prec1" if args.adv_train else "nat_prec1"]
-        print(f"Base classifier: {path}, {accuracy:.2f} % on the test set after epoch {best['epoch']}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Base classifiers: what can be loaded, and what is refused."""
 
 import dill
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from models.base import attacker_model, load_base, load_classifier
+from models.base import attacker_model, load_base, load_classifier, read_checkpoint
 from utils import UserError
 
 
@@ -13,9 +14,9 @@ from utils import UserError
 def checkpoint(tmp_path):
     """Writes a checkpoint as robustness.train.train_model does, and returns the model and the path."""
 
-    def save(arch="preresnet8", dataset="cifar", **options):
+    def save(arch="preresnet8", dataset="cifar", lr=0.1, **options):
         model = nn.DataParallel(attacker_model(arch, dataset))
-        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
         state = {
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
@@ -37,6 +38,12 @@ def test_robustness_checkpoint(checkpoint, arch, options):
     images = torch.rand(2, 3, 32, 32)
     expected, _ = model(images)  # AttackerModel normalises, and returns its input too
     assert torch.equal(load_classifier(path, arch, "cifar")(images), expected)
+
+
+def test_numpy_numbers_in_a_checkpoint(checkpoint):
+    """robustness' cyclic and linear schedules compute the learning rate with numpy."""
+    _, path = checkpoint(lr=np.float64(0.1))
+    assert read_checkpoint(path)["optimizer"]["param_groups"][0]["lr"] == 0.1
 
 
 def test_checkpoint_saved_on_a_gpu(checkpoint, monkeypatch):

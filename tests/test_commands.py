@@ -95,6 +95,10 @@ def test_train_and_resume(place, command, monkeypatch, capsys):
     monkeypatch.setattr(train, "run_epoch", run_epoch)
     command(train.main, "--work-path", place / "stopped", *TRAIN, "--resume")
     resumed = place / "stopped" / "basic" / "seed0"
+    best = torch.load(whole / "state_best.pth.tar")
+    assert (
+        best["epoch"] == result["best_epoch"] == max(best["history"], key=lambda record: record["locked_acc"])["epoch"]
+    )
     states = [torch.load(folder / "state.pth.tar") for folder in (whole, resumed)]
     for one, other in zip(*(torch.utils._pytree.tree_leaves(state) for state in states), strict=True):
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
@@ -119,6 +123,49 @@ def test_resume_where_nothing_was_started_starts(place, command, capsys):
     assert "nothing to resume" in capsys.readouterr().out
 
 
+def test_what_a_run_may_be_resumed_with(place, command, user_error, tmp_path):
+    """The same data under another path, and more epochs where the schedule does not depend on them."""
+    (tmp_path / "train_image_basic").write_bytes((place / "train_image_basic").read_bytes())
+    moved = ["--locked_train_image", tmp_path / "train_image_basic"]
+    run = ["--work-path", place / "preresnet8", "--seed", 10]
+    command(train.main, *run, "--epochs", 1)
+    command(train.main, *run, "--epochs", 2, "--resume", *moved)
+    (tmp_path / "train_image_basic").write_bytes((place / "train_image_50_horiz").read_bytes())
+    assert "trained on other data" in user_error(train.main, *run, "--epochs", 2, "--resume", *moved)
+    cosine = [*run, "--seed", 11, "--lr_scheduler.type", "COSINE"]
+    command(train.main, *cosine, "--epochs", 1)
+    line = user_error(train.main, *cosine, "--epochs", 2, "--resume")
+    assert "trained with epochs 1, but it is 2 now" in line
+
+
+def test_a_run_is_never_deleted_unasked(place, command, user_error):
+    run = ["--work-path", place / "preresnet8", "--seed", 12, "--epochs", 1]
+    command(train.main, *run, "--ckpt_name", "mine")
+    folder = place / "preresnet8" / "basic" / "seed12"
+    (folder / "result.json").unlink()
+    assert "holds a run already" in user_error(train.main, *run)
+    assert "nesterov" in user_error(train.main, *run, "--overwrite", "--optimize.momentum", 0)
+    assert (folder / "mine.pth.tar").exists()
+    command(train.main, *run, "--overwrite")
+    assert not (folder / "mine.pth.tar").exists()
+
+
+def test_locks_of_two_settings_never_stand_side_by_side(place, command, monkeypatch, tmp_path):
+    flags = [*lock_flags(place), "--lock-data", tmp_path, "--subset", 8]
+    command(lock.main, *flags)
+    lock_split = lock.lock_split
+
+    def stop_in_test(classifier, images, labels, split, *rest):
+        if split == "test":
+            raise KeyboardInterrupt
+        return lock_split(classifier, images, labels, split, *rest)
+
+    monkeypatch.setattr(lock, "lock_split", stop_in_test)
+    with pytest.raises(SystemExit):
+        command(lock.main, *flags, "--eps", 4, "--overwrite")
+    assert {path.name for path in tmp_path.iterdir()} == {"train_image_basic", "train_label_basic"}
+
+
 def test_mistakes_in_training(place, user_error, command, tmp_path):
     work = place / "preresnet8"
     command(train.main, "--work-path", work, "--epochs", 1, "--seed", 9)
@@ -135,6 +182,7 @@ def test_mistakes_in_training(place, user_error, command, tmp_path):
     )
     line = user_error(train.main, "--work-path", work, "--lock-method", "mixup", "--lambd", 0.3)
     assert f"train_image_30_mixup: no such file; make it with python lock.py --lock-data {place}" in line
+    assert "--alpha goes with --lock-method" in user_error(train.main, "--work-path", work, "--alpha", 0.3)
     assert "num_classes is 5" in user_error(train.main, "--work-path", work, "--num_classes", 5)
     assert "input_size is 28" in user_error(train.main, "--work-path", work, "--input_size", 28)
     line = user_error(
@@ -163,9 +211,10 @@ def test_mistakes_in_the_base_classifier(place, user_error, tmp_path):
     assert "unknown name 'resnet49'" in user_error(base.train, *flags, "--exp-name", "new", "--arch", "resnet49")
     line = user_error(base.train, *flags, "--exp-name", "new", "--dataset", "cifar", "--data", tmp_path)
     assert f"{tmp_path}: CIFAR-10 is not there" in line
-    assert "mixed-precision 1 does not work" in user_error(
-        base.train, *flags, "--exp-name", "new", "--mixed-precision", 1
-    )
+    assert "at least 1" in user_error(base.train, *flags, "--exp-name", "new", "--batch-size", 0)
+    assert "expected a number" in user_error(base.train, *flags, "--exp-name", "new", "--eps", "exit()")
+    assert "--resume is required" in user_error(base.train, *flags, "--exp-name", "new", "--eval-only", 1)
+    assert "--mixed-precision 1" in user_error(base.train, *flags, "--exp-name", "new", "--mixed-precision", 1)
     assert not (place / "new").exists()
 
 

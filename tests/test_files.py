@@ -48,6 +48,10 @@ def test_to_uint8_rounds_to_nearest():
         ([IMAGES[:, 0]], [LABELS], r"expected images \[N, 3, H, W\]"),
         ([IMAGES], [LABELS.float()], "expected labels"),
         ({"images": 3}, [LABELS], "not a list of tensors"),
+        ([IMAGES[:0]], [LABELS[:0]], r"expected images \[N, 3, H, W\]"),
+        ([IMAGES.float()], [LABELS], r"must lie in \[0, 1\]"),
+        ([IMAGES.float() * torch.nan], [LABELS], r"must lie in \[0, 1\]"),
+        ([IMAGES], [LABELS > 2], "expected labels"),
     ],
 )
 def test_files_that_do_not_fit(pair, images, labels, message):
@@ -59,8 +63,8 @@ def test_absent_file_names_the_command_that_makes_it(tmp_path):
     for name, flags in {
         "train_image_basic": "--lock-method basic",
         "test_label_29_mixup": "--lock-method mixup --lambd 0.29",
-        "test_image_50_horiz": "--lock-method horiz --alpha 0.5",
-        "test_image_30_50_mixandcat": "--lock-method mixandcat --alpha 0.3 --lambd 0.5",
+        "test_image_50_horiz": "--lock-method horiz",
+        "test_image_30_40_mixandcat": "--lock-method mixandcat --alpha 0.3 --lambd 0.4",
     }.items():
         with pytest.raises(UserError, match=f"lock.py --lock-data {tmp_path} {flags}$"):
             read_tensors(tmp_path / name)
@@ -84,3 +88,9 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     with pytest.raises(OSError):
         write_file(path, fail)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_written_file_can_be_read_by_others(tmp_path):
+    write_file(tmp_path / "file", lambda file: file.write(b"new"))
+    (tmp_path / "ordinary").touch()
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "ordinary").stat().st_mode

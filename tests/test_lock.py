@@ -5,8 +5,13 @@ import torch
 from torch import nn
 
 import lock
+import utils
 from tests.conftest import small_classifier
-from utils import lock_suffix
+from utils import to_float, to_uint8
+
+
+def test_the_methods_are_those_that_file_names_know():
+    assert lock.METHODS.keys() == utils.LOCK_METHODS.keys()
 
 
 def test_target_maps():
@@ -44,7 +49,14 @@ def test_combine_equals_slicing_by_hand():
     ],
 )
 def test_suffix(method, alpha, lambd, suffix):
-    assert lock_suffix(method, alpha, lambd) == suffix
+    assert utils.lock_suffix(method, alpha, lambd) == suffix
+    found, parameters = utils.parse_suffix(suffix)
+    assert found == method
+    assert parameters == {name: value for name, value in {"alpha": alpha, "lambd": lambd}.items() if name in parameters}
+
+
+def test_suffixes_of_different_locks_differ():
+    assert utils.lock_suffix("mixup", lambd=0.333333333) != utils.lock_suffix("mixup", lambd=0.3333334)
 
 
 class Fixed(nn.Module):
@@ -71,6 +83,39 @@ def test_targets_come_from_labels_on_train_and_from_predictions_on_test(monkeypa
         assert torch.equal(torch.cat(aimed_at[0::2]), t1[classes])
         assert torch.equal(torch.cat(aimed_at[1::2]), t2[classes])
         assert measured["base"].sum() == 0
+
+
+def test_a_batch_is_attacked_combined_and_rounded_as_its_flags_say():
+    classifier, images = small_classifier(), torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.arange(5)
+    args = argparse.Namespace(
+        lock_method="mixandcat", eps=0.8, attack_lr=0.3, attack_steps=4, alpha=0.25, lambd=0.7, batch_size=5
+    )
+    locked, measured = lock.lock_split(classifier, images, labels, "train", args, torch.device("cpu"))
+    attacked = {
+        name: lock.attack(classifier, to_float(images), torch.tensor(target_map)[labels], 0.8, 0.3, 4)
+        for name, target_map in lock.TARGET_MAPS.items()
+    }
+    assert torch.equal(locked, to_uint8(lock.combine(attacked, "mixandcat", 0.25, 0.7)))
+    for name, target_map in lock.TARGET_MAPS.items():
+        reached = classifier(attacked[name]).argmax(1) == torch.tensor(target_map)[labels]
+        assert torch.equal(measured[name], reached.float())
+
+
+def test_report():
+    measured = {
+        "base": torch.tensor([1.0, 1, 1, 0]), "T1": torch.tensor([1.0, 1, 0, 0]),
+        "to_target": torch.tensor([1.0, 0, 0, 0]), "to_true": torch.zeros(4),
+        "l2": torch.tensor([0, 0.3, 0.4, 0.5]), "ssim": torch.tensor([1, 0.9, 0.9, 0.8]),
+        "psnr": torch.tensor([torch.inf, 40, 41, 42]),
+    }  # fmt: skip
+    text = " ".join(lock.report(measured, "basic").split())
+    assert text == (
+        "base classifier, on the originals 75.00% right attacks that reach their target T1 50.00% "
+        "locked images, sent to a target 25.00%, still given the true label 0.00% "
+        "L2 distance to the originals mean 0.300, largest 0.500 "
+        "likeness PSNR 41.00 dB, SSIM 0.9000, 1 images unchanged"
+    )
 
 
 def test_measurements():

@@ -14,7 +14,7 @@ import train
 import utils
 from utils import CONFIG, UserError, load_config
 
-CONFIGS = sorted(Path("experiments").glob("*/*/config.yaml"))
+CONFIGS = sorted((Path(__file__).parent.parent / "experiments").glob("*/*/config.yaml"))
 
 # A file as CIFAR-ZOO ships it, with its older and its newer keys.
 CIFAR_ZOO = """
@@ -78,6 +78,11 @@ def test_a_cifar_zoo_config_loads_unchanged(tmp_path):
     assert utils.flatten(config).keys() == utils.flatten(CONFIG).keys()
 
 
+def test_the_experiments_are_there():
+    names = {path.parent.name for path in CONFIGS}
+    assert names == {"alexnet", "densenet100bc", "preresnet8", "preresnet20", "preresnet110", "vgg19"}
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.parent.name for path in CONFIGS])
 def test_shipped_configs(path):
     config = load_config(path, {})
@@ -108,7 +113,7 @@ def test_overrides(tmp_path):
         (MINIMAL[:-1] + ", epochs: many}", "config.yaml: epochs: expected a whole number, found 'many'"),
         (MINIMAL[:-1] + ", epochs: True}", "epochs: expected a whole number, found True"),
         (MINIMAL[:-1] + ", mixup: 1}", "mixup: expected True or False, found 1"),
-        (MINIMAL[:-1] + ", optimize: 3}", "unknown key 'optimize'"),
+        (MINIMAL[:-1] + ", optimize: 3}", "optimize: expected keys below it, like momentum"),
         (MINIMAL[:-1] + ", lr_scheduler: {lr_epochs: [1, b]}}", "lr_scheduler.lr_epochs: expected a list of epochs"),
         ("{dataset: cifar10, orig_data_path: ./data}", "config.yaml: the key 'architecture' is missing"),
         ("architecture", "config.yaml: expected keys and values"),
@@ -128,6 +133,12 @@ def test_mistakes_in_a_config(tmp_path, text, message):
         ("dataset", "cifar100", "dataset: unknown name 'cifar100'; known are"),
         ("lr_scheduler.type", "COS", "lr_scheduler.type: unknown name 'COS'; known are STEP, COSINE, HTD"),
         ("epochs", "0", "epochs is 0"),
+        ("optimize.momentum", "0", "nesterov needs a momentum"),
+        ("optimize.weight_decay", "-1", "optimize.weight_decay is -1.0"),
+        ("lr_scheduler.base_lr", ".nan", "lr_scheduler.base_lr is nan"),
+        ("augmentation.length", "-5", "augmentation.length is -5"),
+        ("ckpt_name", "a/b", "ckpt_name is 'a/b'"),
+        ("seed", "99999999999999999999", "seed is 9"),
     ],
 )
 def test_values_that_a_config_cannot_have(tmp_path, key, value, message):
@@ -177,7 +188,8 @@ def test_mixup():
     inputs = torch.eye(6)[:, :, None, None]
     blend, others, weight = train.mixup(inputs, torch.arange(6), alpha=0.4)
     expected = weight * torch.eye(6) + (1 - weight) * torch.eye(6)[others]
-    assert 0 <= weight <= 1
+    assert 0 < weight < 1
+    assert train.mixup(inputs, torch.arange(6), alpha=0)[2] == 1
     torch.testing.assert_close(blend[:, :, 0, 0], expected)
 
 
@@ -206,6 +218,85 @@ def test_training_and_evaluation_count_right():
     assert train.evaluate(model, images, 1 - labels, config)[1] == 0
     frozen = torch.optim.SGD(model.parameters(), lr=0)
     assert train.train_epoch(model, images, labels, frozen, config) == pytest.approx((expected, 100), abs=1e-6)
+
+
+def two_tones(n, labels):
+    """n images, black and white by turns, with the labels given by turns."""
+    images = torch.tensor([0, 255] * (n // 2), dtype=torch.uint8)[:, None, None, None].expand(n, 3, 4, 4)
+    return images, torch.tensor(labels * (n // 2))
+
+
+class Recorder:
+    """Stands for a SummaryWriter, and keeps what is written."""
+
+    def __init__(self):
+        self.scalars = {}
+
+    def add_scalar(self, tag, value, step):
+        self.scalars[tag, step] = value
+
+
+def test_an_epoch_trains_on_the_locked_images_and_tells_the_test_sets_apart():
+    """Black is 0 and white 1 on the locked sets, the other way round on the original one: all right, all wrong."""
+    config = EasyDict(utils.CONFIG | {"epochs": 3, "eval_freq": 3, "batch_size": 8, "test_batch": 4})
+    config.augmentation.random_crop = False
+    config.lr_scheduler.lr_epochs = [1, 2]
+    data = {
+        "locked_train": two_tones(200, [0, 1]), "locked_test": two_tones(10, [0, 1]), "original": two_tones(20, [1, 0])
+    }  # fmt: skip
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=123)
+    writers, lines = {name: Recorder() for name in ("run", "locked", "original")}, []
+    assert train.run_epoch(model, optimizer, data, 2, config, writers, lines.append) is None
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
+    record = train.run_epoch(model, optimizer, data, 3, config, writers, lines.append)
+    assert (record["epoch"], record["locked_acc"], record["orig_acc"]) == (3, 100, 0)
+    assert record["locked_loss"] < 0.7 < record["orig_loss"]
+    assert writers["run"].scalars["learning rate", 3] == pytest.approx(0.001)
+    assert writers["run"].scalars["loss/train", 3] == record["train_loss"]
+    for name, short in {"locked": "locked", "original": "orig"}.items():
+        expected = {("accuracy/test", 3): record[f"{short}_acc"], ("loss/test", 3): record[f"{short}_loss"]}
+        assert writers[name].scalars == expected
+    assert "locked 100.00 % (loss 0." in lines[1] and "original   0.00 % (loss " in lines[1]
+
+
+def test_mixup_weighs_both_targets_in_the_loss(monkeypatch):
+    """With a weight of 1/4, blends of 0 and 1 in equal parts are three quarters of the other class."""
+    config = EasyDict(utils.CONFIG | {"mixup": True, "batch_size": 10})
+    config.augmentation.random_crop = False
+    monkeypatch.setattr(train, "mixup", lambda inputs, targets, alpha: (inputs, 1 - targets, 0.25))
+    images, labels = two_tones(10, [0, 0])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
+    model[1].weight.data.zero_()
+    model[1].bias.data = torch.tensor([2.0, 0.0])
+    frozen = torch.optim.SGD(model.parameters(), lr=0)
+    losses = F.cross_entropy(torch.tensor([[2.0, 0.0]] * 2), torch.tensor([0, 1]), reduction="none")
+    expected = (0.25 * losses[0] + 0.75 * losses[1]).item()
+    assert train.train_epoch(model, images, labels, frozen, config) == pytest.approx((expected, 25))
+
+
+def test_augment_does_what_the_config_says(tmp_path):
+    images = torch.randint(1, 256, (60, 3, 8, 8), dtype=torch.uint8)
+    off = {f"augmentation.{name}": "False" for name in ("random_crop", "random_horizontal_filp", "cutout")}
+    plain = train.augment(images, config_of(tmp_path, MINIMAL, **off))
+    assert torch.equal(plain, images / 255)
+    for name in off:
+        alone = train.augment(images, config_of(tmp_path, MINIMAL, **off | {name: "True"}))
+        assert not torch.equal(alone, plain)
+        flips = (alone == plain.flip(-1)).all(dim=(1, 2, 3)).any()
+        assert flips == (name == "augmentation.random_horizontal_filp")
+        assert (alone == 0).any() == (name != "augmentation.random_horizontal_filp")  # padding, or holes
+
+
+def test_pictures():
+    originals = torch.full((2, 3, 4, 4), 100, dtype=torch.uint8)
+    locked = originals.clone()
+    locked[0] += 5
+    grid = train.pictures(originals, locked)
+    assert grid.shape == (3, 3 * 20, 3 * 14)  # three rows of two, two pixels apart, enlarged three times
+    rows = grid[0, 3 * 3 :: 3 * 6, 3 * 3 :: 3 * 6]
+    expected = torch.tensor([[100, 100], [105, 100], [127.5 + 50, 127.5]]) / 255
+    torch.testing.assert_close(rows, expected)
 
 
 def test_summary():
