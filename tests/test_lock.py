@@ -1,4 +1,7 @@
 import argparse
+import os
+import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,3 +134,21 @@ def test_measurements():
     assert measured["psnr"][0].isinf()
     torch.testing.assert_close(measured["psnr"][1], 10 * torch.log10(torch.tensor(768 / 0.04)))
     assert measured["ssim"][0] == 1 and measured["ssim"][1] < 1
+
+
+@pytest.mark.skipif("CIFAR10_ROOT" not in os.environ, reason="CIFAR10_ROOT names no folder with CIFAR-10")
+@pytest.mark.parametrize("split", utils.SPLITS)
+def test_locked_cifar10_is_aligned_with_the_batch_files(split):
+    """The last images of a split, against the bytes of its last batch file."""
+    name = {"train": "data_batch_5", "test": "test_batch"}[split]
+    batch = pickle.loads(Path(os.environ["CIFAR10_ROOT"], "cifar-10-batches-py", name).read_bytes(), encoding="bytes")
+    images, labels = utils.load_cifar10(os.environ["CIFAR10_ROOT"], split == "train")
+    assert len(images) == {"train": 50_000, "test": 10_000}[split]
+    args = argparse.Namespace(
+        lock_method="basic", eps=0.5, attack_lr=0.1, attack_steps=3, alpha=0.5, lambd=0.5, batch_size=8
+    )
+    locked, _ = lock.lock_split(small_classifier(), images[-16:], labels[-16:], split, args, torch.device("cpu"))
+    originals = torch.tensor(batch[b"data"][-16:]).view(16, 3, 32, 32)
+    assert labels[-16:].tolist() == batch[b"labels"][-16:]
+    distances = (to_float(locked) - to_float(originals)).flatten(1).norm(dim=1)
+    assert 0 < distances.min() and distances.max() < 0.5 + 0.5 / 255 * 3072**0.5

@@ -237,12 +237,12 @@ class Recorder:
 
 
 def test_an_epoch_trains_on_the_locked_images_and_tells_the_test_sets_apart():
-    """Black is 0 and white 1 on the locked sets, the other way round on the original one: all right, all wrong."""
+    """Black is 0 and white 1, but the other way round on the locked test set: all wrong there, and all right here."""
     config = EasyDict(utils.CONFIG | {"epochs": 3, "eval_freq": 3, "batch_size": 8, "test_batch": 4})
     config.augmentation.random_crop = False
     config.lr_scheduler.lr_epochs = [1, 2]
     data = {
-        "locked_train": two_tones(200, [0, 1]), "locked_test": two_tones(10, [0, 1]), "original": two_tones(20, [1, 0])
+        "locked_train": two_tones(200, [0, 1]), "locked_test": two_tones(10, [1, 0]), "original": two_tones(20, [0, 1])
     }  # fmt: skip
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=123)
@@ -250,14 +250,14 @@ def test_an_epoch_trains_on_the_locked_images_and_tells_the_test_sets_apart():
     assert train.run_epoch(model, optimizer, data, 2, config, writers, lines.append) is None
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
     record = train.run_epoch(model, optimizer, data, 3, config, writers, lines.append)
-    assert (record["epoch"], record["locked_acc"], record["orig_acc"]) == (3, 100, 0)
-    assert record["locked_loss"] < 0.7 < record["orig_loss"]
+    assert (record["epoch"], record["locked_acc"], record["orig_acc"]) == (3, 0, 100)
+    assert record["orig_loss"] < 0.7 < record["locked_loss"]
     assert writers["run"].scalars["learning rate", 3] == pytest.approx(0.001)
     assert writers["run"].scalars["loss/train", 3] == record["train_loss"]
     for name, short in {"locked": "locked", "original": "orig"}.items():
         expected = {("accuracy/test", 3): record[f"{short}_acc"], ("loss/test", 3): record[f"{short}_loss"]}
         assert writers[name].scalars == expected
-    assert "locked 100.00 % (loss 0." in lines[1] and "original   0.00 % (loss " in lines[1]
+    assert "locked   0.00 % (loss " in lines[1] and "original 100.00 % (loss 0." in lines[1]
 
 
 def test_mixup_weighs_both_targets_in_the_loss(monkeypatch):
