@@ -254,7 +254,6 @@ def parse_arguments():
         raise UserError(f"unknown flag {unknown[0]}{utils.did_you_mean(name, utils.flatten(CONFIG))}")
     overrides = {key: value for key, value in vars(args).items() if key in utils.flatten(CONFIG) and value is not None}
     config = utils.load_config(Path(args.work_path, "config.yaml"), overrides)
-    check_config(config, Path(args.work_path, "config.yaml"))
     given = {name: value for name in ("alpha", "lambd") if (value := getattr(args, name)) is not None}
     if given and not args.lock_method:
         raise UserError(f"--{min(given)} goes with --lock-method")
@@ -265,32 +264,6 @@ def parse_arguments():
                 key = f"locked_{split}_{kind}"
                 config[key] = str(locked_path(Path(config[key]).parent, split, kind, suffix))
     return args, config
-
-
-MANY = 10**9
-RANGES = {
-    **dict.fromkeys(("epochs", "batch_size", "test_batch", "eval_freq", "input_size", "num_classes"), (1, MANY)),
-    **dict.fromkeys(("mixup_alpha", "optimize.weight_decay", "augmentation.holes", "augmentation.length"), (0, MANY)),
-    **dict.fromkeys(("lr_scheduler.base_lr", "lr_scheduler.min_lr", "lr_scheduler.lr_mults"), (0, MANY)),
-    **dict.fromkeys(("lr_scheduler.lower_bound", "lr_scheduler.upper_bound"), (-MANY, MANY)),
-    "optimize.momentum": (0, 1),
-    "seed": (0, 2**63),
-}
-
-
-def check_config(config, path):
-    """Raise UserError where a value of the config is not one that it can have."""
-    utils.check_known(config.architecture, MODELS, f"{path}: architecture")
-    utils.check_known(config.dataset, DATASETS, f"{path}: dataset")
-    utils.check_known(config.lr_scheduler.type, ("STEP", "COSINE", "HTD"), f"{path}: lr_scheduler.type")
-    values = utils.flatten(config)
-    for key, (low, high) in RANGES.items():
-        if not (math.isfinite(values[key]) and low <= values[key] <= high):
-            raise UserError(f"{path}: {key} is {values[key]}; it must lie between {low} and {high}")
-    if config.optimize.nesterov and config.optimize.momentum == 0:
-        raise UserError(f"{path}: optimize.nesterov needs a momentum; set it to False")
-    if Path(config.ckpt_name).name != config.ckpt_name:
-        raise UserError(f"{path}: ckpt_name is '{config.ckpt_name}'; it must be a file's name, without a folder")
 
 
 def prepare_folder(args, config, suffix):

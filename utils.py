@@ -16,6 +16,8 @@ import yaml
 from easydict import EasyDict
 from torchvision.datasets import CIFAR10
 
+from models import MODELS
+
 SPLITS = ("train", "test")
 
 
@@ -289,7 +291,7 @@ def load_config(path, overrides):
     """Read a config.yaml over the defaults; overrides maps flat keys ('optimize.momentum') to strings.
 
     Returns an EasyDict with every key of CONFIG. Raises UserError naming the file and the key for an unknown
-    key, a value of the wrong type and a key that is missing.
+    key, a value that the key cannot have, and a key that is missing.
     """
     try:
         content = yaml.safe_load(Path(path).read_text())
@@ -313,6 +315,7 @@ def load_config(path, overrides):
     missing = [key for key, default in defaults.items() if default is str and key not in given]
     if missing:
         raise UserError(f"{path}: the key '{missing[0]}' is missing")
+    check_values(config, path)
     return config
 
 
@@ -337,6 +340,33 @@ def convert(value, default, where):
         names = {str: "text", int: "a whole number", float: "a number", bool: "True or False", list: "a list of epochs"}
         raise UserError(f"{where}: expected {names[kind]}, found {value!r}")
     return value
+
+
+# The least and the largest value of each key that is a number.
+MANY = 10**9
+RANGES = {
+    **dict.fromkeys(("epochs", "batch_size", "test_batch", "eval_freq", "input_size", "num_classes"), (1, MANY)),
+    **dict.fromkeys(("mixup_alpha", "optimize.weight_decay", "augmentation.holes", "augmentation.length"), (0, MANY)),
+    **dict.fromkeys(("lr_scheduler.base_lr", "lr_scheduler.min_lr", "lr_scheduler.lr_mults"), (0, MANY)),
+    **dict.fromkeys(("lr_scheduler.lower_bound", "lr_scheduler.upper_bound"), (-MANY, MANY)),
+    "optimize.momentum": (0, 1),
+    "seed": (0, 2**63),
+}
+
+
+def check_values(config, path):
+    """Raise UserError where a value of the config is not one that it can have."""
+    check_known(config.architecture, MODELS, f"{path}: architecture")
+    check_known(config.dataset, DATASETS, f"{path}: dataset")
+    check_known(config.lr_scheduler.type, ("STEP", "COSINE", "HTD"), f"{path}: lr_scheduler.type")
+    values = flatten(config)
+    for key, (low, high) in RANGES.items():
+        if not (math.isfinite(values[key]) and low <= values[key] <= high):
+            raise UserError(f"{path}: {key} is {values[key]}; it must lie between {low} and {high}")
+    if config.optimize.nesterov and config.optimize.momentum == 0:
+        raise UserError(f"{path}: optimize.nesterov needs a momentum; set it to False")
+    if Path(config.ckpt_name).name != config.ckpt_name:
+        raise UserError(f"{path}: ckpt_name is '{config.ckpt_name}'; it must be a file's name, without a folder")
 
 
 # Devices
