@@ -84,10 +84,9 @@ def combine(attacked, method, alpha=0.5, lambd=0.5):
     return torch.cat([sides[0][..., :column], sides[1][..., column:]], dim=-1)
 
 
-def target_maps(method, device):
-    """The target maps that a method needs, by name, each int64 [classes]."""
-    names = dict.fromkeys(name for side in METHODS[method] for name in side)
-    return {name: torch.tensor(TARGET_MAPS[name], device=device) for name in names}
+def attacks_of(methods):
+    """The names of the target maps that the methods need, each once."""
+    return list(dict.fromkeys(name for method in methods for side in METHODS[method] for name in side))
 
 
 @torch.no_grad()
@@ -108,35 +107,48 @@ def measure(classifier, images, locked, labels, targets):
 
 
 def lock_batch(classifier, images, labels, sources, args, on_step):
-    """Lock images uint8 [N, 3, H, W] with labels int64 [N]; returns (locked images uint8, measurements).
+    """Lock images uint8 [N, 3, H, W] with labels int64 [N] by each of args.lock_method, attacking each map once.
 
-    sources says what the targets are computed from: "labels", or "predictions" of the base classifier.
+    sources says what the targets are computed from: "labels", or "predictions" of the base classifier. Returns,
+    by method, a pair of the locked images uint8 and what was measured, one number or truth value an image, by name.
     """
     originals = to_float(images)
     with torch.no_grad():
         predictions = classifier(originals).argmax(1)
     classes = {"labels": labels, "predictions": predictions}[sources]
-    maps = target_maps(args.lock_method, images.device)
-    attacked, measurements = {}, {"base": predictions == labels}
-    for name, target_map in maps.items():
-        targets = target_map[classes]
-        attacked[name] = attack(classifier, originals, targets, args.eps, args.attack_lr, args.attack_steps, on_step)
+    targets, attacked, reached = {}, {}, {}
+    for name in attacks_of(args.lock_method):
+        targets[name] = torch.tensor(TARGET_MAPS[name], device=images.device)[classes]
+        attacked[name] = attack(
+            classifier, originals, targets[name], args.eps, args.attack_lr, args.attack_steps, on_step
+        )
         with torch.no_grad():
-            measurements[name] = classifier(attacked[name]).argmax(1) == targets
-    locked = to_uint8(combine(attacked, args.lock_method, args.alpha, args.lambd))
-    targets = torch.stack([target_map[classes] for target_map in maps.values()])
-    return locked, measurements | measure(classifier, images, locked, labels, targets)
+            reached[name] = classifier(attacked[name]).argmax(1) == targets[name]
+    results = {}
+    for method in args.lock_method:
+        names = attacks_of([method])
+        locked = to_uint8(combine(attacked, method, args.alpha, args.lambd))
+        results[method] = (
+            locked,
+            {
+                "base": predictions == labels,
+                **{name: reached[name] for name in names},
+                **measure(classifier, images, locked, labels, torch.stack([targets[name] for name in names])),
+            },
+        )
+    return results
 
 
 def lock_split(classifier, images, labels, split, args, device):
-    """Lock a whole split, a batch at a time, in its order; returns (locked images uint8, measurements), on the CPU.
+    """Lock a whole split, a batch at a time, in its order; returns what lock_batch does, on the CPU.
 
     The target is computed from the true label on the training set, and on the test set from what the base
     classifier predicts, so that an image without a label can be locked too.
     """
-    parts, measured = [], defaultdict(list)
+    parts = {method: [] for method in args.lock_method}
+    measured = {method: defaultdict(list) for method in args.lock_method}
     sources = "labels" if split == "train" else "predictions"
-    evaluations = len(target_maps(args.lock_method, device)) * (args.attack_steps + 1)
+    evaluations = len(attacks_of(args.lock_method)) * (args.attack_steps + 1)
     with tqdm(
         desc=split,
         unit="image",
@@ -148,16 +160,20 @@ def lock_split(classifier, images, labels, split, args, device):
             batch = slice(start, start + args.batch_size)
             inputs, truth = images[batch].to(device), labels[batch].to(device)
             advance = partial(progress.update, len(inputs))
-            locked, measurements = lock_batch(classifier, inputs, truth, sources, args, advance)
-            parts.append(locked.cpu())
-            for name, values in measurements.items():
-                measured[name].append(values.cpu())
-    return torch.cat(parts), {name: torch.cat(values).float() for name, values in measured.items()}
+            results = lock_batch(classifier, inputs, truth, sources, args, advance)
+            for method, (locked, measurements) in results.items():
+                parts[method].append(locked.cpu())
+                for name, values in measurements.items():
+                    measured[method][name].append(values.float().cpu())
+    return {
+        method: (torch.cat(parts[method]), {name: torch.cat(values) for name, values in measured[method].items()})
+        for method in args.lock_method
+    }
 
 
 def report(measured, method):
     """How well a lock took, as lines of text, from the measurements of lock_split."""
-    attacks = ", ".join(f"{name} {measured[name].mean():.2%}" for name in target_maps(method, "cpu"))
+    attacks = ", ".join(f"{name} {measured[name].mean():.2%}" for name in attacks_of([method]))
     changed = measured["l2"] > 0  # the PSNR of an image that is as it was is infinite
     psnr = measured["psnr"][changed].mean()
     return (
@@ -183,7 +199,13 @@ def parse_arguments():
         help="checkpoint of the base classifier (default: %(default)s)",
     )
     add("--arch", default="resnet50", help="architecture of the base classifier (default: %(default)s)")
-    add("--lock-method", choices=METHODS, default="basic", help="how attacks are combined (default: %(default)s)")
+    add(
+        "--lock-method",
+        choices=[*METHODS, "all"],
+        nargs="+",
+        default=["basic"],
+        help="how attacks are combined; several share their attacks (default: basic)",
+    )
     add("--eps", type=number(float, 0), default=0.5, help="L2 radius, in pixels of [0, 1] (default: %(default)s)")
     add("--attack-lr", type=number(float, 0), default=0.1, help="L2 length of a step (default: %(default)s)")
     add("--attack-steps", type=number(int, 0), default=100, help="steps an attack (default: %(default)s)")
@@ -199,16 +221,21 @@ def parse_arguments():
     )
     add("--workers", type=int, default=8, help="accepted as the original's, not used: images are read as one tensor")
     add("--overwrite", action="store_true", help="replace locked files of the same name")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.lock_method = list(METHODS) if "all" in args.lock_method else list(dict.fromkeys(args.lock_method))
+    return args
+
+
+def paths_of(split, method, args):
+    """The paths of a split's images and labels, locked by a method."""
+    suffix = lock_suffix(method, args.alpha, args.lambd)
+    return [locked_path(args.lock_data, split, kind, suffix) for kind in ("image", "label")]
 
 
 def main():
     args = parse_arguments()
-    suffix = lock_suffix(args.lock_method, args.alpha, args.lambd)
-    paths = {
-        split: [locked_path(args.lock_data, split, kind, suffix) for kind in ("image", "label")] for split in SPLITS
-    }
-    stale = [path for path in sum(paths.values(), []) if path.exists()]
+    paths = [path for split in SPLITS for method in args.lock_method for path in paths_of(split, method, args)]
+    stale = [path for path in paths if path.exists()]
     if stale and not args.overwrite:
         raise UserError(f"{stale[0]} exists; name another folder with --lock-data, or replace it with --overwrite")
     torch.manual_seed(args.manual_seed)
@@ -216,20 +243,19 @@ def main():
     classifier = load_classifier(args.resume_path, args.arch, args.dataset).to(device)
     splits = {split: DATASETS[args.dataset].load(args.orig_data, split == "train") for split in SPLITS}
     utils.make_folder(args.lock_data)
-    print(f"Locking {args.dataset} by {args.lock_method} with {args.arch}, on {device} ({reason})")
+    print(f"Locking {args.dataset} by {', '.join(args.lock_method)} with {args.arch}, on {device} ({reason})")
     for split, (images, labels) in splits.items():
-        images, labels = images[: args.subset], labels[: args.subset]
+        images, labels = images[: args.subset], labels[: args.subset].clone()
         start = time.time()
-        locked, measured = lock_split(classifier, images, labels, split, args, device)
+        results = lock_split(classifier, images, labels, split, args, device)
+        seconds = time.time() - start
         while stale:  # all of them before the first new one, so that files of two locks never stand side by side
             stale.pop().unlink()
-        for path, tensor in zip(paths[split], (locked, labels.clone())):
-            utils.write_file(path, lambda file, tensor=tensor: torch.save([tensor], file))
-        seconds = time.time() - start
-        print(
-            f"{split}: {len(images)} images in {seconds:.0f} s, {len(images) / seconds:.1f} a second, {paths[split][0]}"
-        )
-        print(report(measured, args.lock_method))
+        print(f"{split}: {len(images)} images in {seconds:.0f} s, {len(images) / seconds:.1f} a second")
+        for method, (locked, measured) in results.items():
+            for path, tensor in zip(paths_of(split, method, args), (locked, labels)):
+                utils.write_file(path, lambda file, tensor=tensor: torch.save([tensor], file))
+            print(f"{paths_of(split, method, args)[0]}\n{report(measured, method)}")
 
 
 if __name__ == "__main__":

@@ -69,6 +69,17 @@ def test_locking_twice_gives_the_same_bytes(place, command, tmp_path):
         assert (tmp_path / name).read_bytes() == (place / name).read_bytes()
 
 
+def test_all_methods_at_once_give_the_files_that_each_gives_alone(place, command, monkeypatch, tmp_path):
+    attacks, attack = [], lock.attack
+    monkeypatch.setattr(lock, "attack", lambda *args: attacks.append(len(args[1])) or attack(*args))
+    command(lock.main, *lock_flags(place), "--lock-data", tmp_path, "--lock-method", "all")
+    assert sum(attacks) == 4 * (96 + 96)  # four target maps, two splits
+    assert len(list(tmp_path.iterdir())) == 16
+    for suffix in ("basic", "50_horiz"):
+        for name in (f"train_image_{suffix}", f"test_image_{suffix}", f"test_label_{suffix}"):
+            assert (tmp_path / name).read_bytes() == (place / name).read_bytes()
+
+
 def test_train_and_resume(place, command, monkeypatch, capsys):
     """A run that is stopped and resumed ends as one that is not: every bit of its state, and its results."""
     command(train.main, "--work-path", place / "preresnet8", *TRAIN)

@@ -77,11 +77,11 @@ def test_targets_come_from_labels_on_train_and_from_predictions_on_test(monkeypa
     images = ((predicted + 0.5) / 10 * 255).round().to(torch.uint8)[:, None, None, None].expand(10, 3, 16, 16)
     labels = (predicted + 3) % 10
     args = argparse.Namespace(
-        lock_method="horiz", eps=0.5, attack_lr=0.1, attack_steps=1, alpha=0.5, lambd=0.5, batch_size=4
+        lock_method=["horiz"], eps=0.5, attack_lr=0.1, attack_steps=1, alpha=0.5, lambd=0.5, batch_size=4
     )
     for split, classes in {"train": labels, "test": predicted}.items():
         aimed_at.clear()
-        _, measured = lock.lock_split(Fixed(), images, labels, split, args, torch.device("cpu"))
+        _, measured = lock.lock_split(Fixed(), images, labels, split, args, torch.device("cpu"))["horiz"]
         t1, t2 = (torch.tensor(lock.TARGET_MAPS[name]) for name in ("T1", "T2"))
         assert torch.equal(torch.cat(aimed_at[0::2]), t1[classes])
         assert torch.equal(torch.cat(aimed_at[1::2]), t2[classes])
@@ -92,9 +92,9 @@ def test_a_batch_is_attacked_combined_and_rounded_as_its_flags_say():
     classifier, images = small_classifier(), torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
     labels = torch.arange(5)
     args = argparse.Namespace(
-        lock_method="mixandcat", eps=0.8, attack_lr=0.3, attack_steps=4, alpha=0.25, lambd=0.7, batch_size=5
+        lock_method=["mixandcat"], eps=0.8, attack_lr=0.3, attack_steps=4, alpha=0.25, lambd=0.7, batch_size=5
     )
-    locked, measured = lock.lock_split(classifier, images, labels, "train", args, torch.device("cpu"))
+    locked, measured = lock.lock_split(classifier, images, labels, "train", args, torch.device("cpu"))["mixandcat"]
     attacked = {
         name: lock.attack(classifier, to_float(images), torch.tensor(target_map)[labels], 0.8, 0.3, 4)
         for name, target_map in lock.TARGET_MAPS.items()
@@ -145,9 +145,10 @@ def test_locked_cifar10_is_aligned_with_the_batch_files(split):
     images, labels = utils.load_cifar10(os.environ["CIFAR10_ROOT"], split == "train")
     assert len(images) == {"train": 50_000, "test": 10_000}[split]
     args = argparse.Namespace(
-        lock_method="basic", eps=0.5, attack_lr=0.1, attack_steps=3, alpha=0.5, lambd=0.5, batch_size=8
+        lock_method=["basic"], eps=0.5, attack_lr=0.1, attack_steps=3, alpha=0.5, lambd=0.5, batch_size=8
     )
-    locked, _ = lock.lock_split(small_classifier(), images[-16:], labels[-16:], split, args, torch.device("cpu"))
+    results = lock.lock_split(small_classifier(), images[-16:], labels[-16:], split, args, torch.device("cpu"))
+    locked, _ = results["basic"]
     originals = torch.tensor(batch[b"data"][-16:]).view(16, 3, 32, 32)
     assert labels[-16:].tolist() == batch[b"labels"][-16:]
     distances = (to_float(locked) - to_float(originals)).flatten(1).norm(dim=1)
