@@ -1,6 +1,6 @@
 # make demo   locks scikit-learn's digits, and trains on them, on the CPU
 # make test   runs the tests
-# Both make a virtual environment in VENV first, unless it is there.
+# Both first make a virtual environment in VENV, and install requirements.txt, pytest and ruff there, once.
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin

@@ -235,12 +235,12 @@ def paths_of(split, method, args):
 def main():
     args = parse_arguments()
     paths = [path for split in SPLITS for method in args.lock_method for path in paths_of(split, method, args)]
-    stale = [path for path in paths if path.exists()]
-    if stale and not args.overwrite:
-        raise UserError(f"{stale[0]} exists; name another folder with --lock-data, or replace it with --overwrite")
     torch.manual_seed(args.manual_seed)
     device, reason = utils.pick_device()
     classifier = load_classifier(args.resume_path, args.arch, args.dataset).to(device)
+    stale = [path for path in paths if path.exists()]
+    if stale and not args.overwrite:
+        raise UserError(f"{stale[0]} exists; name another folder with --lock-data, or replace it with --overwrite")
     splits = {split: DATASETS[args.dataset].load(args.orig_data, split == "train") for split in SPLITS}
     utils.make_folder(args.lock_data)
     print(f"Locking {args.dataset} by {', '.join(args.lock_method)} with {args.arch}, on {device} ({reason})")

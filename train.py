@@ -9,6 +9,7 @@ of each lock method and seed: experiments/cifar10/preresnet110/basic/seed0.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -154,7 +155,7 @@ def load_data(config):
 
     Raises UserError where a file is absent or does not fit the config.
     """
-    flags = f" --dataset {config.dataset} --orig-data {config.orig_data_path}"
+    flags = f" --dataset {config.dataset} --orig-data {config.orig_data_path}, and its --arch and --resume-path"
     data = {
         "locked_train": utils.load_locked(config.locked_train_image, config.locked_train_label, flags),
         "locked_test": utils.load_locked(config.locked_test_image, config.locked_test_label, flags),
@@ -243,11 +244,13 @@ def parse_arguments():
     parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="start again where the run's folder holds one already")
     parser.add_argument("--lock-method", choices=LOCK_METHODS, help="use the files of this method")
+    parser.add_argument("--lock-data", help="use the files in this folder")
     for name in ("alpha", "lambd"):
         parser.add_argument(f"--{name}", type=number(float, 0, 1), help=f"lock.py's --{name} (default: 0.5)")
     keys = parser.add_argument_group("keys of config.yaml")
     for key, default in utils.flatten(CONFIG).items():
-        keys.add_argument(f"--{key}", metavar="VALUE", help=None if default is str else f"default: {default}")
+        value = "required" if default is str else f"default: {default}"
+        keys.add_argument(f"--{key}", metavar="VALUE", help=f"{utils.CONFIG_HELP[key]} ({value})")
     args, unknown = parser.parse_known_args()
     if unknown:
         name = unknown[0].removeprefix("--").partition("=")[0]
@@ -257,12 +260,14 @@ def parse_arguments():
     given = {name: value for name in ("alpha", "lambd") if (value := getattr(args, name)) is not None}
     if given and not args.lock_method:
         raise UserError(f"--{min(given)} goes with --lock-method")
-    if args.lock_method:
-        suffix = lock_suffix(args.lock_method, **given)
-        for split in utils.SPLITS:
-            for kind in ("image", "label"):
-                key = f"locked_{split}_{kind}"
-                config[key] = str(locked_path(Path(config[key]).parent, split, kind, suffix))
+    for split, kind in itertools.product(utils.SPLITS, ("image", "label")):
+        key = f"locked_{split}_{kind}"
+        path = Path(config[key])
+        if args.lock_method:
+            path = locked_path(path.parent, split, kind, lock_suffix(args.lock_method, **given))
+        if args.lock_data:
+            path = Path(args.lock_data, path.name)
+        config[key] = str(path)
     return args, config
 
 
@@ -370,6 +375,7 @@ def main():
     folder, checkpoint = prepare_folder(args, config, suffix)
     log = log_to(folder / "log.txt")
     log(f"{config.architecture} on {suffix}, seed {config.seed}, on {device} ({reason}), in {folder}")
+    log("images: " + ", ".join(f"{len(labels)} {name}" for name, (_, labels) in data.items()))
     labels, original_labels = data["locked_test"][1], data["original"][1]
     if not torch.equal(labels, original_labels[: len(labels)]):
         log("warning: the locked test labels are not the original's: another order, or another data set?")
@@ -407,4 +413,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run_command(main)
+    utils.run_command(main, if_interrupted="the same command with --resume goes on after the last whole epoch")

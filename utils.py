@@ -52,12 +52,12 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-def run_command(main):
+def run_command(main, if_interrupted="nothing more was written"):
     """Call main(); a mistake of the user's becomes one line on standard error and exit code 2, Ctrl-C exit code 130."""
     try:
         main()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(f"interrupted: {if_interrupted}", file=sys.stderr)
         sys.exit(130)
     except (UserError, OSError, torch.cuda.OutOfMemoryError) as error:
         message = "the GPU's memory is full; take smaller batches" if isinstance(error, RuntimeError) else error
@@ -276,6 +276,45 @@ CONFIG = {
         "upper_bound": 3.0,
     },
 }
+# What train.py --help says of them.
+CONFIG_HELP = {
+    "architecture": "one of models/, as preresnet110",
+    "dataset": "cifar10 or digits",
+    "orig_data_path": "folder of the original data set",
+    "locked_train_image": "locked file",
+    "locked_train_label": "locked file",
+    "locked_test_image": "locked file",
+    "locked_test_label": "locked file",
+    "ckpt_path": "folder of the checkpoints, below the run's",
+    "ckpt_name": "name of the checkpoints, without .pth.tar",
+    "num_classes": "number of classes",
+    "use_gpu": "train on the GPU, if there is one",
+    "input_size": "side of the images in pixels",
+    "epochs": "passes over the training set",
+    "batch_size": "images in a training step",
+    "test_batch": "images evaluated at once",
+    "eval_freq": "evaluate every VALUE epochs, at the first and at the last",
+    "workers": "accepted, not used: images stay on the device",
+    "seed": "seed of weights, order and augmentation",
+    "optimize.momentum": "of SGD",
+    "optimize.weight_decay": "of SGD",
+    "optimize.nesterov": "Nesterov's momentum",
+    "mixup": "blend training images in pairs",
+    "mixup_alpha": "of the blend's Beta distribution",
+    "augmentation.normalize": "subtract the data set's mean, divide by its standard deviation",
+    "augmentation.random_crop": "crop out of the image padded by 4 zeros",
+    "augmentation.random_horizontal_filp": "mirror half of the images",
+    "augmentation.cutout": "blank out squares",
+    "augmentation.holes": "squares an image",
+    "augmentation.length": "side of a square in pixels",
+    "lr_scheduler.type": "STEP, COSINE or HTD",
+    "lr_scheduler.base_lr": "learning rate at the start",
+    "lr_scheduler.lr_epochs": "STEP: epochs at which it drops, as [100, 150, 200]",
+    "lr_scheduler.lr_mults": "STEP: factor of a drop",
+    "lr_scheduler.min_lr": "COSINE, HTD: learning rate at the end",
+    "lr_scheduler.lower_bound": "HTD: where on the tanh it starts",
+    "lr_scheduler.upper_bound": "HTD: where on the tanh it ends",
+}
 ALIASES = {"data_path": "orig_data_path"}  # CIFAR-ZOO's name: ours
 
 
@@ -293,6 +332,8 @@ def load_config(path, overrides):
     Returns an EasyDict with every key of CONFIG. Raises UserError naming the file and the key for an unknown
     key, a value that the key cannot have, and a key that is missing.
     """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; the work path is a folder with a config.yaml")
     try:
         content = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

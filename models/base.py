@@ -4,8 +4,8 @@
         --out-dir ./logs/checkpoints/dir/ --exp-name resnet50
 
 takes the flags of `python -m robustness.main` (robustness 1.2.1, 2020: its last release) and trains with
-robustness' own loop, data sets, checkpoints and store. What that release needs on today's machines is in
-the part "To run robustness today".
+robustness' own loop, data sets, checkpoints and store. --arch is one of its CIFAR architectures or of models/;
+--constraint, --eps and --attack-lr are required only with --adv-train 1 or --adv-eval 1.
 """
 
 import ast

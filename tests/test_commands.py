@@ -186,11 +186,13 @@ def test_mistakes_in_training(place, user_error, command, tmp_path):
     checkpoint = work / "basic" / "seed9" / "ckpt.pth.tar"
     checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
     assert f"{checkpoint}: damaged" in user_error(train.main, "--work-path", work, "--seed", 9, "--resume")
-    assert "config.yaml: cannot be read" in user_error(train.main, "--work-path", tmp_path)
+    assert "config.yaml: no such file" in user_error(train.main, "--work-path", tmp_path)
     assert "--epoch; did you mean 'epochs'?" in user_error(train.main, "--work-path", work, "--epoch", 3)
     assert "--epochs: epochs: expected a whole number, found 'x'" in user_error(
         train.main, "--work-path", work, "--epochs", "x"
     )
+    elsewhere = ["--lock-data", tmp_path, "--lock-method", "horiz"]
+    assert f"{tmp_path}/train_image_50_horiz: no such file" in user_error(train.main, "--work-path", work, *elsewhere)
     line = user_error(train.main, "--work-path", work, "--lock-method", "mixup", "--lambd", 0.3)
     assert f"train_image_30_mixup: no such file; make it with python lock.py --lock-data {place}" in line
     assert "--alpha goes with --lock-method" in user_error(train.main, "--work-path", work, "--alpha", 0.3)

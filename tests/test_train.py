@@ -92,6 +92,10 @@ def test_shipped_configs(path):
             assert Path(config[f"locked_{split}_{kind}"]).name == f"{split}_{kind}_basic"
 
 
+def test_every_key_is_explained():
+    assert utils.CONFIG_HELP.keys() == utils.flatten(CONFIG).keys()
+
+
 def test_overrides(tmp_path):
     overrides = {"epochs": "7", "lr_scheduler.lr_epochs": "[2, 4]", "optimize.weight_decay": "5e-4", "ckpt_name": "1e3"}
     config = config_of(tmp_path, MINIMAL, **overrides)
