@@ -222,8 +222,8 @@ def parse_arguments(main):
 
 # The least value of each flag that is a number.
 LEAST = {
-    **dict.fromkeys(("epochs", "batch_size", "step_lr", "log_iters", "attack_steps"), 1),
-    **dict.fromkeys(("workers", "lr", "weight_decay", "momentum", "manual_seed"), 0),
+    **dict.fromkeys(("epochs", "batch_size", "log_iters", "attack_steps"), 1),
+    **dict.fromkeys(("workers", "lr", "step_lr", "weight_decay", "momentum", "manual_seed"), 0),
     "save_ckpt_iters": -1,
 }
 
