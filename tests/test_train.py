@@ -247,6 +247,9 @@ def test_an_epoch_trains_on_the_locked_images_and_tells_the_test_sets_apart():
         "locked_train": two_tones(200, [0, 1]), "locked_test": two_tones(10, [1, 0]), "original": two_tones(20, [0, 1])
     }  # fmt: skip
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
+    # starts by taking black for 1 and white for 0, so that only training on locked_train sets it right
+    model[1].weight.data = torch.tensor([[0.001], [-0.001]]).expand(2, 48).clone()
+    model[1].bias.data = torch.tensor([-0.01, 0.01])
     optimizer = torch.optim.SGD(model.parameters(), lr=123)
     writers, lines = {name: Recorder() for name in ("run", "locked", "original")}, []
     assert train.run_epoch(model, optimizer, data, 2, config, writers, lines.append) is None
