@@ -253,9 +253,10 @@ def main():
             stale.pop().unlink()
         print(f"{split}: {len(images)} images in {seconds:.0f} s, {len(images) / seconds:.1f} a second")
         for method, (locked, measured) in results.items():
-            for path, tensor in zip(paths_of(split, method, args), (locked, labels)):
+            image_path, label_path = paths_of(split, method, args)
+            for path, tensor in {image_path: locked, label_path: labels}.items():
                 utils.write_file(path, lambda file, tensor=tensor: torch.save([tensor], file))
-            print(f"{paths_of(split, method, args)[0]}\n{report(measured, method)}")
+            print(f"{image_path}\n{report(measured, method)}")
 
 
 if __name__ == "__main__":

@@ -244,7 +244,7 @@ CONFIG = {
     "locked_train_label": "./data/train_label_basic",
     "locked_test_image": "./data/test_image_basic",
     "locked_test_label": "./data/test_label_basic",
-    "ckpt_path": "./",  # below the run's folder
+    "ckpt_path": "./",
     "ckpt_name": "ckpt",
     "num_classes": 10,
     "use_gpu": True,
@@ -253,7 +253,7 @@ CONFIG = {
     "batch_size": 128,
     "test_batch": 200,
     "eval_freq": 2,
-    "workers": 4,  # not used: images stay on the device
+    "workers": 4,
     "seed": 0,
     "optimize": {"momentum": 0.9, "weight_decay": 1e-4, "nesterov": True},
     "mixup": False,
