@@ -5,21 +5,36 @@
 
 Every image is attacked by targeted PGD in an L2 ball, each class towards another by a fixed map, and the
 attacks of a method are blended and laid side by side. Writes, for train and test, a file of images and one of
-labels, and prints how well the lock took. Method and constants: arXiv:2002.03793.
+labels, and a manifest that says how they were made and how well the lock took. A command that was interrupted
+goes on where it was when it is given again. Method and constants: arXiv:2002.03793.
+
+    python lock.py --verify ./data
+    python lock.py --unlock --key KEYFILE --lock-data ./data --orig-data ./unlocked
 """
 
+import io
+import json
+import platform
+import shutil
+import subprocess
 import time
-from collections import defaultdict
+from datetime import datetime, timezone
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm import tqdm
 
+import data
+import sealing
 import utils
+from data import DATASETS, SPLITS, Paths, hash_tensor, lock_suffix, sha256, to_float, to_uint8
 from models.base import load_classifier
-from utils import DATASETS, SPLITS, UserError, lock_suffix, locked_path, number, to_float, to_uint8
+from utils import UserError, number, write_file
 
 # True class -> target class, in CIFAR-10's order. T2 keeps class 9 and T4 class 7, as the original does.
 TARGET_MAPS = {
@@ -28,6 +43,32 @@ TARGET_MAPS = {
     "T3": (6, 2, 9, 1, 0, 7, 5, 3, 4, 8),
     "T4": (3, 9, 6, 1, 5, 8, 4, 7, 0, 2),
 }
+
+
+def target_maps(num_classes, seed):
+    """The target maps of a data set, by name, as lists of num_classes.
+
+    Up to ten classes use the paper's, followed until they lead to a class that there is; more classes use random
+    permutations that keep no class, the same for the same seed.
+    """
+    if num_classes > len(TARGET_MAPS["T1"]):
+        generator = torch.Generator().manual_seed(seed)
+        return {name: derangement(num_classes, generator) for name in TARGET_MAPS}
+    maps = {}
+    for name, target_map in TARGET_MAPS.items():
+        maps[name] = list(target_map[:num_classes])
+        while max(maps[name]) >= num_classes:
+            maps[name] = [target if target < num_classes else target_map[target] for target in maps[name]]
+    return maps
+
+
+def derangement(n, generator):
+    """A random permutation of 0..n-1, as a list, that keeps nothing in its place."""
+    while True:
+        permutation = torch.randperm(n, generator=generator)
+        if (permutation != torch.arange(n)).all():
+            return permutation.tolist()
+
 
 # The sides of a locked image, from left to right; each side is one attack, or a blend of two.
 METHODS = {
@@ -106,8 +147,8 @@ def measure(classifier, images, locked, labels, targets):
     }
 
 
-def lock_batch(classifier, images, labels, sources, args, on_step):
-    """Lock images uint8 [N, 3, H, W] with labels int64 [N] by each of args.lock_method, attacking each map once.
+def lock_batch(classifier, images, labels, maps, sources, methods, args, on_step):
+    """Lock images uint8 [N, 3, H, W] with labels int64 [N] by each of the methods, attacking each target map once.
 
     sources says what the targets are computed from: "labels", or "predictions" of the base classifier. Returns,
     by method, a pair of the locked images uint8 and what was measured, one number or truth value an image, by name.
@@ -117,15 +158,15 @@ def lock_batch(classifier, images, labels, sources, args, on_step):
         predictions = classifier(originals).argmax(1)
     classes = {"labels": labels, "predictions": predictions}[sources]
     targets, attacked, reached = {}, {}, {}
-    for name in attacks_of(args.lock_method):
-        targets[name] = torch.tensor(TARGET_MAPS[name], device=images.device)[classes]
+    for name in attacks_of(methods):
+        targets[name] = torch.tensor(maps[name], device=images.device)[classes]
         attacked[name] = attack(
             classifier, originals, targets[name], args.eps, args.attack_lr, args.attack_steps, on_step
         )
         with torch.no_grad():
             reached[name] = classifier(attacked[name]).argmax(1) == targets[name]
     results = {}
-    for method in args.lock_method:
+    for method in methods:
         names = attacks_of([method])
         locked = to_uint8(combine(attacked, method, args.alpha, args.lambd))
         results[method] = (
@@ -139,52 +180,394 @@ def lock_batch(classifier, images, labels, sources, args, on_step):
     return results
 
 
-def lock_split(classifier, images, labels, split, args, device):
-    """Lock a whole split, a batch at a time, in its order; returns what lock_batch does, on the CPU.
+# Work in shards: what is finished of a batch and a method stays on the disk until the whole lock is
 
-    The target is computed from the true label on the training set, and on the test set from what the base
-    classifier predicts, so that an image without a label can be locked too.
+
+def shard_path(paths, split, start):
+    """The file of the batch that begins at the image start."""
+    return paths.partial / f"{split}_{start:08d}"
+
+
+def lock_split(classifier, images, labels, maps, split, places, args, device):
+    """Lock a split, a batch at a time, in its order; writes a shard for each batch and method that has none yet.
+
+    places gives the Paths of each method. The target is computed from the true label on the training set, and on
+    the test set from what the base classifier predicts, so that an image without a label can be locked too.
     """
-    parts = {method: [] for method in args.lock_method}
-    measured = {method: defaultdict(list) for method in args.lock_method}
     sources = "labels" if split == "train" else "predictions"
-    evaluations = len(attacks_of(args.lock_method)) * (args.attack_steps + 1)
+    starts, todo, evaluations = range(0, len(images), args.batch_size), {}, 0
+    for start in starts:
+        methods = [method for method, paths in places.items() if not shard_path(paths, split, start).exists()]
+        if methods:
+            todo[start] = methods
+            evaluations += len(images[start:][: args.batch_size]) * len(attacks_of(methods)) * (args.attack_steps + 1)
+    if not todo:
+        return
+    if len(todo) < len(starts):
+        print(f"{split}: going on after {len(starts) - len(todo)} of {len(starts)} batches")
+    count = sum(len(images[start:][: args.batch_size]) for start in todo)
+    begun = time.time()
     with tqdm(
         desc=split,
         unit="image",
-        total=len(images) * evaluations,
-        unit_scale=1 / evaluations,
+        total=evaluations,
+        unit_scale=count / evaluations,
         bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}",
     ) as progress:
-        for start in range(0, len(images), args.batch_size):
+        for start, methods in todo.items():
             batch = slice(start, start + args.batch_size)
             inputs, truth = images[batch].to(device), labels[batch].to(device)
             advance = partial(progress.update, len(inputs))
-            results = lock_batch(classifier, inputs, truth, sources, args, advance)
-            for method, (locked, measurements) in results.items():
-                parts[method].append(locked.cpu())
-                for name, values in measurements.items():
-                    measured[method][name].append(values.float().cpu())
+            results = lock_batch(classifier, inputs, truth, maps, sources, methods, args, advance)
+            for method, (locked, measured) in results.items():
+                write_shard(shard_path(places[method], split, start), locked, measured, device)
+    seconds = time.time() - begun
+    print(f"{split}: {count} images in {seconds:.0f} s, {count / seconds:.1f} a second")
+
+
+def write_shard(path, locked, measured, device):
+    """Keep what lock_batch returned for one batch and method."""
+    measured = {name: values.float().cpu() for name, values in measured.items()}
+    file = io.BytesIO()
+    torch.save({"locked": locked.cpu(), "measured": measured, "made_with": environment(device)}, file)
+    write_file(path, file.getvalue())
+
+
+def read_shards(paths, split, starts):
+    """Of a whole split the locked images uint8 [N, 3, H, W], the measurements by name [N], and every environment."""
+    shards = []
+    for path in (shard_path(paths, split, start) for start in starts):
+        try:
+            shards.append(torch.load(path, weights_only=True))
+        except Exception as error:  # a damaged file fails in many ways; all mean the same here
+            reason = utils.first_line(error)
+            raise UserError(f"{path}: damaged ({reason}); delete it, and run the same command again") from error
+    measured = {name: torch.cat([shard["measured"][name] for shard in shards]) for name in shards[0]["measured"]}
+    return torch.cat([shard["locked"] for shard in shards]), measured, [shard["made_with"] for shard in shards]
+
+
+def environment(device):
+    """What the bytes of a lock depend on beside its settings."""
+    on_gpu = device.type == "cuda"
     return {
-        method: (torch.cat(parts[method]), {name: torch.cat(values) for name, values in measured[method].items()})
-        for method in args.lock_method
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "precision": "float32, TF32 convolutions" if on_gpu and torch.backends.cudnn.allow_tf32 else "float32",
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+        "numpy": np.__version__,
     }
 
 
-def report(measured, method):
-    """How well a lock took, as lines of text, from the measurements of lock_split."""
-    attacks = ", ".join(f"{name} {measured[name].mean():.2%}" for name in attacks_of([method]))
+# The report
+
+
+def summarize(measured, method):
+    """The measurements of a split, one number or truth value an image, as the numbers that stand in a manifest."""
     changed = measured["l2"] > 0  # the PSNR of an image that is as it was is infinite
-    psnr = measured["psnr"][changed].mean()
+    return {
+        "images": len(changed),
+        "base_accuracy": measured["base"].mean().item(),
+        "attacks": {name: measured[name].mean().item() for name in attacks_of([method])},
+        "to_target": measured["to_target"].mean().item(),
+        "to_true": measured["to_true"].mean().item(),
+        "l2_mean": measured["l2"].mean().item(),
+        "l2_max": measured["l2"].max().item(),
+        "psnr": measured["psnr"][changed].mean().item() if changed.any() else None,
+        "ssim": measured["ssim"].mean().item(),
+        "unchanged": (~changed).sum().item(),
+    }
+
+
+def report(summary):
+    """How well a lock took, as lines of text, from the numbers of summarize."""
+    attacks = ", ".join(f"{name} {share:.2%}" for name, share in summary["attacks"].items())
+    psnr = "PSNR infinite" if summary["psnr"] is None else f"PSNR {summary['psnr']:.2f} dB"
+    unchanged = f", {summary['unchanged']} images unchanged" if summary["unchanged"] else ""
     return (
-        f"  base classifier, on the originals  {measured['base'].mean():.2%} right\n"
+        "  base classifier, on the originals  {base_accuracy:.2%} right\n"
         f"  attacks that reach their target    {attacks}\n"
-        f"  locked images, sent to a target    {measured['to_target'].mean():.2%}, "
-        f"still given the true label {measured['to_true'].mean():.2%}\n"
-        f"  L2 distance to the originals       mean {measured['l2'].mean():.3f}, largest {measured['l2'].max():.3f}\n"
-        f"  likeness                           PSNR {psnr:.2f} dB, "
-        f"SSIM {measured['ssim'].mean():.4f}" + ("" if changed.all() else f", {(~changed).sum()} images unchanged")
-    )
+        "  locked images, sent to a target    {to_target:.2%}, still given the true label {to_true:.2%}\n"
+        "  L2 distance to the originals       mean {l2_mean:.3f}, largest {l2_max:.3f}\n"
+        f"  likeness                           {psnr}, SSIM {{ssim:.4f}}{unchanged}"
+    ).format(**summary)
+
+
+# Settings, manifest and files of a lock
+
+
+def settings_of(method, splits, maps, base, args):
+    """All that decides what a lock is. Two locks of the same settings are the same."""
+    return {
+        "method": method,
+        **{name: getattr(args, name) for name in data.LOCK_METHODS[method]},
+        **{name: getattr(args, name) for name in ("eps", "attack_lr", "attack_steps", "batch_size", "manual_seed")},
+        "subset": args.subset,
+        "dataset": data.one_name(args.dataset),
+        "classes": splits["train"].classes,
+        "original_sha256": {
+            split: {"images": hash_tensor(images), "labels": hash_tensor(labels)}
+            for split, (images, labels, *_) in splits.items()
+        },
+        "arch": args.arch,
+        "base_sha256": base,
+        "target_maps": {name: maps[name] for name in attacks_of([method])},
+    }
+
+
+def refuse_others(where, then, now):
+    """Raise UserError where settings differ, naming both."""
+    then, now = utils.flatten(then), utils.flatten(now)
+    for key in {**now, **then}:
+        if then.get(key) != now.get(key):
+            old, new = (str(values.get(key))[:40] for values in (then, now))
+            raise UserError(
+                f"{where} was made with {key} {old}, but now it is {new}; "
+                "name another folder with --lock-data, or replace it with --overwrite"
+            )
+
+
+def finished(paths, settings, overwrite):
+    """The manifest of a finished lock of these settings, or None where there is something to do.
+
+    Raises UserError where files of other settings, or of other origin, would be replaced without overwrite.
+    """
+    if overwrite:
+        return None
+    manifest = data.read_manifest(paths)
+    if manifest:
+        refuse_others(paths.manifest, manifest["settings"], settings)
+        return manifest
+    begun = begun_with(paths)
+    if begun:
+        refuse_others(paths.partial, begun, settings)
+    else:
+        for path in paths.outputs():
+            if path.exists():
+                raise UserError(f"{path} exists; name another folder with --lock-data, or replace it with --overwrite")
+    return None
+
+
+def begun_with(paths):
+    """The settings of the shards of an interrupted lock, or None where there are none."""
+    shards = [path for split in SPLITS for path in paths.partial.glob(f"{split}_*")]
+    return data.read_json(paths.partial / "settings.json") if shards else None
+
+
+def begin(paths, settings):
+    """Make the folder of shards, with those of an interrupted lock of these settings in it."""
+    if begun_with(paths) != settings:
+        shutil.rmtree(paths.partial, ignore_errors=True)
+        paths.partial.mkdir()
+        write_file(paths.partial / "settings.json", json.dumps(settings).encode())
+
+
+def finish(paths, settings, splits, batch_size, formats, key):
+    """Put the shards together, and write the files of a lock and, last of all, its manifest; returns the manifest."""
+    locked, summaries, environments = {}, {}, []
+    for split, (images, *_) in splits.items():
+        locked[split], measured, made_with = read_shards(paths, split, range(0, len(images), batch_size))
+        summaries[split] = summarize(measured, settings["method"])
+        for one in made_with:
+            if one not in environments:
+                environments.append(one)
+    for path in paths.outputs():  # the manifest first, so that it never stands beside files that it does not describe
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    manifest = {
+        "settings": settings,
+        "report": summaries,
+        "files": {},
+        "sealed_with": None,
+        "made_with": environments,
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    manifest = write_outputs(paths, manifest, splits, locked, formats, key)
+    shutil.rmtree(paths.partial)
+    return manifest
+
+
+def write_outputs(paths, manifest, splits, locked, formats, key):
+    """Write a lock in the formats, sealed where there is a key, and then the manifest that lists it; returns that."""
+    files = dict(manifest["files"])
+    tree = paths.partial / "tree"
+    for split, original in splits.items():
+        if "tensor" in formats:
+            for kind, tensor in {"image": locked[split], "label": original.labels}.items():
+                content = data.to_bytes(tensor)
+                write_file(paths.file(split, kind), content)
+                described = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+                files[paths.name(paths.file(split, kind))] = {"sha256": sha256(content), **described}
+        if "png" in formats:
+            content = data.write_tree(tree, split, locked[split], original.names)
+            files[paths.name(paths.sums(split))] = {"sha256": sha256(content), "shape": list(locked[split].shape)}
+        if key:
+            context = f"{paths.suffix} {split} {hash_tensor(locked[split])} {hash_tensor(original.images)}"
+            content = sealing.seal(original.images, locked[split], key, context)
+            write_file(paths.file(split, "sealed"), content)
+            files[paths.name(paths.file(split, "sealed"))] = {"sha256": sha256(content)}
+    if "png" in formats:
+        shutil.rmtree(paths.tree, ignore_errors=True)
+        tree.rename(paths.tree)
+        utils.sync_disks()
+    manifest = {**manifest, "files": files, "sealed_with": sealing.fingerprint(key) if key else manifest["sealed_with"]}
+    write_file(paths.manifest, json.dumps(manifest, indent=1).encode())
+    return manifest
+
+
+def check_finished(paths, manifest, formats, key):
+    """Raise UserError where a file of a finished lock has changed, or where what it lacks cannot be added to it."""
+    for error in filter(None, data.check_files(paths, manifest)):
+        raise UserError(f"{error}; lock again with --overwrite")
+    if key and manifest["sealed_with"] not in (None, sealing.fingerprint(key)):
+        raise UserError(f"{paths.manifest}: sealed with another key than that of --key-out; name its own")
+    foreign = paths.tree.exists() and not paths.sums("train").exists()
+    if foreign and "png" in formats:
+        raise UserError(f"{paths.tree} exists, and is not of this lock; name another folder with --lock-data")
+
+
+def add_outputs(paths, manifest, splits, formats, key):
+    """Write what of the formats and the seal a finished lock lacks; returns its manifest."""
+    missing = [form for form in formats if form not in data.formats_of(paths, manifest)]
+    key = key if manifest["sealed_with"] is None else None
+    shutil.rmtree(paths.partial, ignore_errors=True)  # left by a process that was killed
+    if not missing and not key:
+        return manifest
+    locked = {split: data.load_split(paths, split, manifest).images for split in splits}
+    paths.partial.mkdir()
+    manifest = write_outputs(paths, manifest, splits, locked, missing, key)
+    shutil.rmtree(paths.partial)
+    return manifest
+
+
+def commit():
+    """The commit of this code, with -dirty where files differ from it, or None where it is not in a git repository."""
+    folder = Path(__file__).parent
+    if not (folder / ".git").exists():
+        return None
+    git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+# The three things that this script does
+
+
+def lock_dataset(args):
+    """Lock both splits of a data set by each of the methods, or what is left of that to do."""
+    splits = {split: DATASETS[args.dataset].load(args.orig_data, split).first(args.subset) for split in SPLITS}
+    check_splits(splits, args.orig_data)
+    classes, formats = splits["train"].classes, args.format or ["tensor"]
+    device, reason = utils.pick_device()
+    classifier = load_classifier(args.resume_path, args.arch, args.dataset, len(classes)).to(device)
+    utils.check_size(classifier, to_float(splits["train"].images[:1]).to(device), f"--arch {args.arch}")
+    maps, base = target_maps(len(classes), args.manual_seed), sha256(Path(args.resume_path).read_bytes())
+    places = {method: Paths(args.lock_data, lock_suffix(method, args.alpha, args.lambd)) for method in args.lock_method}
+    settings = {method: settings_of(method, splits, maps, base, args) for method in args.lock_method}
+    with utils.exclusive(args.lock_data):
+        manifests = {method: finished(paths, settings[method], args.overwrite) for method, paths in places.items()}
+        key = sealing.make_key(args.key_out) if args.key_out else None
+        todo = {method: paths for method, paths in places.items() if not manifests[method]}
+        for method, paths in places.items():
+            if method in todo:
+                begin(paths, settings[method])
+            else:
+                check_finished(paths, manifests[method], formats, key)
+        if todo:
+            print(f"Locking {args.dataset} by {', '.join(todo)} with {args.arch}, on {device} ({reason})")
+        for name in attacks_of(todo):
+            kept = [classes[index] for index, target in enumerate(maps[name]) if index == target]
+            if kept:
+                print(f"the target map {name} sends {', '.join(kept)} to itself")
+        for split, (images, labels, *_) in splits.items():
+            lock_split(classifier, images, labels, maps, split, todo, args, device)
+        for method, paths in places.items():
+            if method in todo:
+                manifest = finish(paths, settings[method], splits, args.batch_size, formats, key)
+            else:
+                print(f"{paths.manifest}: finished already, with the same settings (--overwrite locks again)")
+                manifest = add_outputs(paths, manifests[method], splits, formats, key)
+            print(describe(paths, manifest))
+
+
+def check_splits(splits, where):
+    """Raise UserError for data that cannot be locked."""
+    train, test = splits["train"], splits["test"]
+    if len(train.classes) < 2:
+        raise UserError(f"{where}: images of one class cannot be sent to another; lock at least two classes")
+    if train.images.shape[1:] != test.images.shape[1:]:
+        sizes = " and ".join(f"{width}x{height}" for *_, height, width in (train.images.shape, test.images.shape))
+        raise UserError(f"{where}: images of train and test differ in size: {sizes}; bring them to one size")
+    for split, (_, labels, *_) in splits.items():
+        outside = labels[(labels < 0) | (labels >= len(train.classes))]
+        if len(outside):
+            raise UserError(
+                f"{where}: {split} has the label {outside[0]}, outside the {len(train.classes)} classes "
+                "that the target maps know"
+            )
+
+
+def describe(paths, manifest):
+    """The report of a lock, as text."""
+    lines = [f"{paths.manifest}: {', '.join(manifest['files'])}"]
+    for split, summary in manifest["report"].items():
+        lines += [f"{split}, {summary['images']} images", report(summary)]
+    return "\n".join(lines)
+
+
+def verify(folder):
+    """Check every lock in a folder against its manifest; raises UserError where a file is absent or has changed."""
+    places = data.locks_in(folder)
+    if not places:
+        raise UserError(f"--verify {folder}: holds no lock_*.json, so there is nothing to check it against")
+    wrong = 0
+    for paths in places:
+        manifest = data.read_manifest(paths)
+        errors = [error for error in data.check_files(paths, manifest) if error]
+        wrong += len(errors)
+        print(describe(paths, manifest) if not errors else "\n".join(map(str, errors)))
+    unfinished = [path for path in Path(folder).glob(".lock_*")]
+    for path in unfinished:
+        print(f"{path}: an interrupted lock; the command that began it finishes it")
+    if wrong:
+        raise UserError(f"--verify {folder}: {wrong} of the files above are absent or have changed; lock again")
+    print(f"{folder}: {len(places)} locks, every file is as it was locked")
+
+
+def unlock(args):
+    """Write the original images of a sealed lock, bit for bit, to --orig-data."""
+    key = sealing.read_key(args.key)
+    sealed = {paths: data.read_manifest(paths) for paths in data.locks_in(args.lock_data)}
+    sealed = {paths: manifest for paths, manifest in sealed.items() if manifest.get("sealed_with")}
+    if not sealed:
+        raise UserError(f"--lock-data {args.lock_data}: holds no sealed lock; lock with --key-out")
+    paths = next((p for p, manifest in sealed.items() if manifest["sealed_with"] == sealing.fingerprint(key)), None)
+    if paths is None:
+        raise UserError(f"--key {args.key}: not the key that {args.lock_data} was sealed with")
+    manifest, out = sealed[paths], Path(args.orig_data)
+    if out.exists() and any(path.name != ".lock" for path in out.iterdir()):
+        raise UserError(f"--orig-data {out}: holds files already; name a folder that is empty or not there yet")
+    originals = {}
+    for split, hashes in manifest["settings"]["original_sha256"].items():
+        locked = data.load_split(paths, split, manifest)
+        content = data.read_checked(paths, manifest, paths.file(split, "sealed"))
+        context = f"{paths.suffix} {split} {hash_tensor(locked.images)} {hashes['images']}"
+        images = sealing.unseal(content, locked.images, key, context)
+        if hash_tensor(images) != hashes["images"] or hash_tensor(locked.labels) != hashes["labels"]:
+            raise UserError(f"{paths.manifest}: what was unlocked is not what was locked; get the files again")
+        originals[split] = locked._replace(images=images)
+    formats = args.format or data.formats_of(paths, manifest)
+    with utils.exclusive(out):
+        for split, original in originals.items():
+            if "png" in formats:
+                data.write_tree(out, split, original.images, original.names)
+            if "tensor" in formats:
+                for kind, tensor in {"image": original.images, "label": original.labels}.items():
+                    write_file(Paths(out, "original").file(split, kind), data.to_bytes(tensor))
+            print(f"{split}: {len(original.images)} original images in {out}, their SHA-256 as in {paths.manifest}")
 
 
 def parse_arguments():
@@ -217,47 +600,38 @@ def parse_arguments():
         "--manual-seed",
         type=number(int, 0, 2**63),
         default=23,
-        help="seed of torch; the attack itself draws nothing (default: %(default)s)",
+        help="seed of the target maps of more than ten classes; the attack draws nothing (default: %(default)s)",
     )
     add("--workers", type=int, default=8, help="accepted as the original's, not used: images are read as one tensor")
-    add("--overwrite", action="store_true", help="replace locked files of the same name")
+    add("--overwrite", action="store_true", help="lock again what is finished, or was begun with other settings")
+    add(
+        "--format",
+        choices=["tensor", "png"],
+        nargs="+",
+        help="files of tensors, a tree of PNG files, or both (default: tensor; with --unlock: as locked)",
+    )
+    add("--key-out", metavar="KEYFILE", help="seal the originals with the key in this file, made if it does not exist")
+    add("--verify", metavar="DIR", help="only check the locked files in a folder against their manifests")
+    add("--unlock", action="store_true", help="only restore the sealed originals of --lock-data, to --orig-data")
+    add("--key", metavar="KEYFILE", help="the key to unlock with")
     args = parser.parse_args()
+    if bool(args.unlock) != bool(args.key):
+        raise UserError("--unlock and --key KEYFILE go together")
+    if args.key_out and Path(args.lock_data).resolve() in Path(args.key_out).resolve().parents:
+        raise UserError(f"--key-out {args.key_out}: lies in the folder that is handed out; keep the key elsewhere")
     args.lock_method = list(METHODS) if "all" in args.lock_method else list(dict.fromkeys(args.lock_method))
     return args
 
 
-def paths_of(split, method, args):
-    """The paths of a split's images and labels, locked by a method."""
-    suffix = lock_suffix(method, args.alpha, args.lambd)
-    return [locked_path(args.lock_data, split, kind, suffix) for kind in ("image", "label")]
-
-
 def main():
     args = parse_arguments()
-    paths = [path for split in SPLITS for method in args.lock_method for path in paths_of(split, method, args)]
-    torch.manual_seed(args.manual_seed)
-    device, reason = utils.pick_device()
-    classifier = load_classifier(args.resume_path, args.arch, args.dataset).to(device)
-    stale = [path for path in paths if path.exists()]
-    if stale and not args.overwrite:
-        raise UserError(f"{stale[0]} exists; name another folder with --lock-data, or replace it with --overwrite")
-    splits = {split: DATASETS[args.dataset].load(args.orig_data, split == "train") for split in SPLITS}
-    utils.make_folder(args.lock_data)
-    print(f"Locking {args.dataset} by {', '.join(args.lock_method)} with {args.arch}, on {device} ({reason})")
-    for split, (images, labels) in splits.items():
-        images, labels = images[: args.subset], labels[: args.subset].clone()
-        start = time.time()
-        results = lock_split(classifier, images, labels, split, args, device)
-        seconds = time.time() - start
-        while stale:  # all of them before the first new one, so that files of two locks never stand side by side
-            stale.pop().unlink()
-        print(f"{split}: {len(images)} images in {seconds:.0f} s, {len(images) / seconds:.1f} a second")
-        for method, (locked, measured) in results.items():
-            image_path, label_path = paths_of(split, method, args)
-            for path, tensor in {image_path: locked, label_path: labels}.items():
-                utils.write_file(path, lambda file, tensor=tensor: torch.save([tensor], file))
-            print(f"{image_path}\n{report(measured, method)}")
+    if args.verify:
+        verify(args.verify)
+    elif args.unlock:
+        unlock(args)
+    else:
+        lock_dataset(args)
 
 
 if __name__ == "__main__":
-    utils.run_command(main)
+    utils.run_command(main, if_interrupted="the same command goes on from here")

@@ -9,9 +9,11 @@ of each lock method and seed: experiments/cifar10/preresnet110/basic/seed0.
 """
 
 import hashlib
+import io
 import itertools
 import json
 import math
+import os
 import shutil
 import time
 from datetime import datetime
@@ -24,8 +26,22 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import utils
+from config import CONFIG, CONFIG_HELP, load_config
+from data import (
+    DATASETS,
+    LOCK_METHODS,
+    SPLITS,
+    Paths,
+    hash_tensor,
+    load_locked,
+    lock_suffix,
+    one_name,
+    parse_suffix,
+    split_path,
+    to_float,
+)
 from models import MODELS
-from utils import CONFIG, DATASETS, LOCK_METHODS, UserError, lock_suffix, locked_path, number, parse_suffix, to_float
+from utils import UserError, flatten, number, write_file
 
 # Augmentation, on the device, a batch at a time
 
@@ -151,26 +167,50 @@ def evaluate(model, images, labels, config):
 
 
 def load_data(config):
-    """The splits {name: (images uint8 [N, 3, H, W], labels int64 [N])}: locked_train, locked_test and original.
+    """The splits {name: (images uint8 [N, 3, H, W], labels int64 [N])}: locked_train, locked_test and original;
+    and the manifest of the lock, or None where the locked files have none.
 
-    Raises UserError where a file is absent or does not fit the config.
+    Raises UserError where a file is absent, has changed, or does not fit the config or the other files.
     """
     flags = f" --dataset {config.dataset} --orig-data {config.orig_data_path}, and its --arch and --resume-path"
-    data = {
-        "locked_train": utils.load_locked(config.locked_train_image, config.locked_train_label, flags),
-        "locked_test": utils.load_locked(config.locked_test_image, config.locked_test_label, flags),
-        "original": DATASETS[config.dataset].load(config.orig_data_path, train=False),
-    }
+    original = DATASETS[config.dataset].load(config.orig_data_path, "test")
+    data, manifests = {}, {}
+    for split in SPLITS:
+        *data[f"locked_{split}"], manifests[split] = load_locked(
+            config[f"locked_{split}_image"], config[f"locked_{split}_label"], flags
+        )
+    data["original"] = original.images, original.labels
     for name, (images, labels) in data.items():
-        where = config.get(f"{name}_label", config.orig_data_path)
-        if images.shape[2:] != (config.input_size, config.input_size):
-            raise UserError(
-                f"{where}: images are {list(images.shape[2:])} pixels, but input_size is {config.input_size}"
-            )
+        where = config.get(f"{name}_image", config.orig_data_path)
+        height, width = images.shape[2:]
+        if max(height, width) != config.input_size:
+            raise UserError(f"{where}: images are {width}x{height} pixels, but input_size is {config.input_size}")
         if labels.min() < 0 or labels.max() >= config.num_classes:
             found = f"labels go from {labels.min()} to {labels.max()}"
             raise UserError(f"{where}: {found}, but num_classes is {config.num_classes}")
-    return data
+    for split, manifest in manifests.items():
+        if manifest:
+            check_manifest(manifest, split, manifests["train"] or manifest, original, config)
+    return data, manifests["train"] and manifests["test"]
+
+
+def check_manifest(manifest, split, train_manifest, original, config):
+    """Raise UserError, naming what differs, where locked files are not what the config takes them for."""
+    path, settings = Path(config[f"locked_{split}_image"]), manifest["settings"]
+    if split_path(path)[1] != split:
+        raise UserError(f"{path}: given as locked_{split}_image, but it was locked as the {split_path(path)[1]} set")
+    if settings["dataset"] != one_name(config.dataset):
+        raise UserError(f"{path}: the data set is {settings['dataset']}, but the config says {config.dataset}")
+    if settings["classes"] != original.classes:
+        raise UserError(f"{path}: its classes are not those of {config.orig_data_path}; name the data that was locked")
+    if settings != train_manifest["settings"]:
+        raise UserError(f"{path}: another lock than that of {config.locked_train_image}; name the files of one lock")
+    if split == "test":
+        images, labels, *_ = original.first(settings["subset"])
+        for name, tensor in {"labels": labels, "images": images}.items():
+            if hash_tensor(tensor) != settings["original_sha256"]["test"][name]:
+                where = config.orig_data_path
+                raise UserError(f"{path}: locked from other {name}, or in another order, than {where} has now")
 
 
 def fingerprint(data):
@@ -196,42 +236,64 @@ PATHS = [key for key in CONFIG if key.startswith(("locked_", "orig_data", "ckpt_
 FREE_ON_RESUME = {"eval_freq", "test_batch", "use_gpu", "workers", *PATHS}
 
 
+def previous(checkpoint):
+    """The path of the checkpoint before the last."""
+    return checkpoint.with_name(checkpoint.name.replace(".pth.tar", "_previous.pth.tar"))
+
+
 def save_checkpoint(path, model, optimizer, epoch, history, config, data_hash):
-    """Write all that --resume needs, after an epoch; history is the list of evaluations so far."""
+    """Write all that --resume needs, after an epoch; history is the list of evaluations so far.
+
+    History and config are JSON: pickled, equal objects can differ in their bytes, and here they never do.
+    """
     state = {
         "epoch": epoch,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "history": history,
-        "config": utils.flatten(config),
+        "history": json.dumps(history),
+        "config": json.dumps(flatten(config)),
         "data": data_hash,
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
-    utils.write_file(path, lambda file: torch.save(state, file))
+    file = io.BytesIO()
+    torch.save(state, file)
+    write_file(path, file.getvalue())
 
 
-def load_checkpoint(path, model, optimizer, config, data_hash):
-    """Restore what save_checkpoint wrote; returns (epochs done, history). Raises UserError where it does not fit."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        then = state["config"]
-    except Exception as error:  # a damaged file fails in many ways; all mean the same here
-        raise UserError(f"{path}: damaged ({utils.first_line(error)}); start again with --overwrite") from error
+def read_checkpoint(checkpoint, log):
+    """The last whole checkpoint, or None where none was written; raises UserError where all of them are damaged."""
+    damaged = None
+    for path in (checkpoint, previous(checkpoint)):
+        if not path.exists():
+            continue
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            log(f"resumed after epoch {state['epoch']}, from {path}")
+            return state
+        except Exception as error:  # a damaged file fails in many ways; all mean the same here
+            damaged = f"{path}: damaged ({utils.first_line(error)})"
+            log(f"{damaged}; looking for the one before")
+    if damaged:
+        raise UserError(f"{damaged}, and there is no other; start again with --overwrite")
+    log(f"nothing to resume in {checkpoint}: starting at epoch 1")
+    return None
+
+
+def restore(state, model, optimizer, config, data_hash):
+    """Bring back what save_checkpoint wrote; raises UserError where it is of another run."""
     if state["data"] != data_hash:
-        raise UserError(f"--resume: {path} was trained on other data than the files hold now; start with --overwrite")
+        raise UserError("--resume: the run was trained on other data than the files hold now; start with --overwrite")
     free = FREE_ON_RESUME | ({"epochs"} if config.lr_scheduler.type == "STEP" else set())
-    for key, now in utils.flatten(config).items():
-        if key not in free and then.get(key) != now:
-            raise UserError(
-                f"--resume: {path} was trained with {key} {then.get(key)}, but it is {now} now; set it back"
-            )
+    before = json.loads(state["config"])
+    for key, now in flatten(config).items():
+        if key not in free and (then := before.get(key)) != now:
+            raise UserError(f"--resume: the run was trained with {key} {then}, but it is {now} now; set it back")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])
     if state["cuda_rng"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda_rng"])
-    return state["epoch"], state["history"]
 
 
 # A run
@@ -248,42 +310,40 @@ def parse_arguments():
     for name in ("alpha", "lambd"):
         parser.add_argument(f"--{name}", type=number(float, 0, 1), help=f"lock.py's --{name} (default: 0.5)")
     keys = parser.add_argument_group("keys of config.yaml")
-    for key, default in utils.flatten(CONFIG).items():
+    for key, default in flatten(CONFIG).items():
         value = "required" if default is str else f"default: {default}"
-        keys.add_argument(f"--{key}", metavar="VALUE", help=f"{utils.CONFIG_HELP[key]} ({value})")
+        keys.add_argument(f"--{key}", metavar="VALUE", help=f"{CONFIG_HELP[key]} ({value})")
     args, unknown = parser.parse_known_args()
     if unknown:
         name = unknown[0].removeprefix("--").partition("=")[0]
-        raise UserError(f"unknown flag {unknown[0]}{utils.did_you_mean(name, utils.flatten(CONFIG))}")
-    overrides = {key: value for key, value in vars(args).items() if key in utils.flatten(CONFIG) and value is not None}
-    config = utils.load_config(Path(args.work_path, "config.yaml"), overrides)
+        raise UserError(f"unknown flag {unknown[0]}{utils.did_you_mean(name, flatten(CONFIG))}")
+    overrides = {key: value for key, value in vars(args).items() if key in flatten(CONFIG) and value is not None}
+    config = load_config(Path(args.work_path, "config.yaml"), overrides)
     given = {name: value for name in ("alpha", "lambd") if (value := getattr(args, name)) is not None}
     if given and not args.lock_method:
         raise UserError(f"--{min(given)} goes with --lock-method")
-    for split, kind in itertools.product(utils.SPLITS, ("image", "label")):
+    for split, kind in itertools.product(SPLITS, ("image", "label")):
         key = f"locked_{split}_{kind}"
         path = Path(config[key])
         if args.lock_method:
-            path = locked_path(path.parent, split, kind, lock_suffix(args.lock_method, **given))
+            path = Paths(path.parent, lock_suffix(args.lock_method, **given)).file(split, kind)
         if args.lock_data:
             path = Path(args.lock_data, path.name)
         config[key] = str(path)
     return args, config
 
 
-def prepare_folder(args, config, suffix):
-    """Make the run's folder, empty but for --resume; raises UserError where that would lose a run."""
-    folder = Path(args.work_path, suffix, f"seed{config.seed}")
-    checkpoint = folder / config.ckpt_path / f"{config.ckpt_name}.pth.tar"
-    if not args.resume:
-        if folder.exists() and any(folder.iterdir()) and not args.overwrite:
-            raise UserError(
-                f"{folder} holds a run already: go on with --resume, start again with --overwrite, or set --seed"
-            )
-        shutil.rmtree(folder, ignore_errors=True)
-    utils.make_folder(folder)
-    utils.make_folder(checkpoint.parent)
-    return folder, checkpoint
+def prepare_folder(folder, args):
+    """Empty a run's folder, but for --resume; raises UserError where that would lose a run."""
+    found = [path for path in folder.iterdir() if path.name != ".lock"]
+    if args.resume or not found:
+        return
+    if not args.overwrite:
+        raise UserError(
+            f"{folder} holds a run already: go on with --resume, start again with --overwrite, or set --seed"
+        )
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def summary(config, suffix, history):
@@ -361,29 +421,30 @@ def show_pictures(data, folder, writer):
     return folder / "images.png"
 
 
-def main():
-    args, config = parse_arguments()
-    data = load_data(config)
-    data_hash = fingerprint(data)
-    suffix = Path(config.locked_train_image).name.removeprefix("train_image_")
+def run(args, config, data, manifest, folder, suffix):
+    """Train in a folder, from the start or from the last whole checkpoint; writes all that a run leaves behind."""
     device, reason = utils.pick_device(config.use_gpu)
     torch.manual_seed(config.seed)
     torch.backends.cudnn.benchmark = True
     model = MODELS[config.architecture](num_classes=config.num_classes).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=config.lr_scheduler.base_lr, **config.optimize)
+    utils.check_size(model, as_inputs(data["original"][0][:1].to(device), config), config.architecture)
 
-    folder, checkpoint = prepare_folder(args, config, suffix)
     log = log_to(folder / "log.txt")
     log(f"{config.architecture} on {suffix}, seed {config.seed}, on {device} ({reason}), in {folder}")
     log("images: " + ", ".join(f"{len(labels)} {name}" for name, (_, labels) in data.items()))
+    if manifest is None:
+        log("the locked files have no manifest (lock_*.json): what they were made of and from is not verified")
     labels, original_labels = data["locked_test"][1], data["original"][1]
     if not torch.equal(labels, original_labels[: len(labels)]):
         log("warning: the locked test labels are not the original's: another order, or another data set?")
-    done, history = 0, []
-    if args.resume and checkpoint.exists():
-        done, history = load_checkpoint(checkpoint, model, optimizer, config, data_hash)
-    if args.resume:
-        log(f"resumed after epoch {done}" if done else f"nothing to resume in {checkpoint}: starting at epoch 1")
+    checkpoint = folder / config.ckpt_path / f"{config.ckpt_name}.pth.tar"
+    utils.make_folder(checkpoint.parent)
+    data_hash, done, history = fingerprint(data), 0, []
+    state = read_checkpoint(checkpoint, log) if args.resume else None
+    if state:
+        restore(state, model, optimizer, config, data_hash)
+        done, history = state["epoch"], json.loads(state["history"])
     writers = open_writers(folder, done + 1)
     picture = show_pictures(data, folder, writers["run"])
     data = {name: (images.to(device), labels.to(device)) for name, (images, labels) in data.items()}
@@ -392,16 +453,18 @@ def main():
         record = run_epoch(model, optimizer, data, epoch, config, writers, log)
         is_best = record and record["locked_acc"] > max((earlier["locked_acc"] for earlier in history), default=-1)
         history += [record] if record else []
-        # The best first: were it second, a run stopped between the two would never write it.
-        names = [f"{config.ckpt_name}_best", config.ckpt_name] if is_best else [config.ckpt_name]
-        for name in names:
-            path = checkpoint.with_name(f"{name}.pth.tar")
-            save_checkpoint(path, model, optimizer, epoch, history, config, data_hash)
+        if is_best:  # the best first: were it second, a run stopped between the two would never write it
+            best = checkpoint.with_name(f"{config.ckpt_name}_best.pth.tar")
+            save_checkpoint(best, model, optimizer, epoch, history, config, data_hash)
+        if checkpoint.exists():
+            os.replace(checkpoint, previous(checkpoint))
+        save_checkpoint(checkpoint, model, optimizer, epoch, history, config, data_hash)
     for writer in writers.values():
         writer.close()
 
     result = summary(config, suffix, history)
-    (folder / "result.json").write_text(json.dumps({**result, "config": config, "history": history}, indent=1))
+    content = {**result, "config": config, "history": history, "lock": manifest}
+    write_file(folder / "result.json", json.dumps(content, indent=1).encode())
     log(f"pictures (originals, locked, ten times the difference): {picture}")
     log(f"curves: tensorboard --logdir {args.work_path}")
     log(
@@ -410,6 +473,16 @@ def main():
         "(best locked {best_locked_acc:.2f} % at epoch {best_epoch}, original then {orig_acc_at_best:.2f} %; "
         "largest original {max_orig_acc:.2f} %)".format(**result)
     )
+
+
+def main():
+    args, config = parse_arguments()
+    data, manifest = load_data(config)
+    suffix = split_path(Path(config.locked_train_image))[0].suffix or Path(config.locked_train_image).name
+    folder = Path(args.work_path, suffix, f"seed{config.seed}")
+    with utils.exclusive(folder):
+        prepare_folder(folder, args)
+        run(args, config, data, manifest, folder, suffix)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import types
 import warnings
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -28,8 +29,9 @@ from torch.hub import load_state_dict_from_url
 from torchvision import transforms
 
 import utils
+from data import DATASETS, list_images, read_image
 from models import MODELS
-from utils import DATASETS, UserError
+from utils import UserError
 
 # To run robustness today
 
@@ -60,14 +62,14 @@ def cuda_optional():
         yield
 
 
-# The digits, as a data set of robustness
+# The project's data sets, as robustness' own
 
 
-class DigitsImages(torch.utils.data.Dataset):
-    """The digits as robustness' loaders want them: PIL images, transformed one by one."""
+class PILImages(torch.utils.data.Dataset):
+    """A split of a data set as robustness' loaders want it: PIL images, transformed one by one."""
 
-    def __init__(self, root, train, download, transform):
-        self.data, self.labels = DATASETS["digits"].load(root, train)
+    def __init__(self, dataset, root, train, download, transform):
+        self.data, self.labels, *_ = DATASETS[dataset].load(root, "train" if train else "test")
         self.transform = transform
 
     def __len__(self):
@@ -78,29 +80,44 @@ class DigitsImages(torch.utils.data.Dataset):
         return self.transform(image), int(self.labels[index])
 
 
-class Digits(robustness_datasets.DataSet):
-    """utils.load_digits as a robustness data set."""
+class OwnDataset(robustness_datasets.DataSet):
+    """A data set of data.py, by its name there, as a robustness data set."""
 
-    def __init__(self, data_path, **kwargs):
+    def __init__(self, name, data_path, num_classes, transform_train):
         super().__init__(
-            "digits",
+            name,
             data_path,
-            num_classes=10,
-            mean=torch.tensor(DATASETS["digits"].mean),
-            std=torch.tensor(DATASETS["digits"].std),
-            custom_class=DigitsImages,
-            # robustness' own augmentation, less the flip and the colours: a mirrored 2 is no 2
-            transform_train=transforms.Compose(
-                [transforms.RandomCrop(32, padding=2), transforms.RandomRotation(2), transforms.ToTensor()]
-            ),
-            transform_test=data_augmentation.TEST_TRANSFORMS_DEFAULT(32),
+            num_classes=num_classes,
+            mean=torch.tensor(DATASETS[name].mean),
+            std=torch.tensor(DATASETS[name].std),
+            custom_class=partial(PILImages, name),
+            transform_train=transform_train,
+            transform_test=transforms.ToTensor(),
         )
+
+
+class Digits(OwnDataset):
+    """The digits, with robustness' own augmentation, less the flip and the colours: a mirrored 2 is no 2."""
+
+    def __init__(self, data_path):
+        augmentation = [transforms.RandomCrop(32, padding=2), transforms.RandomRotation(2), transforms.ToTensor()]
+        super().__init__("digits", data_path, 10, transforms.Compose(augmentation))
+
+
+class Folder(OwnDataset):
+    """A folder of images, with robustness' augmentation of CIFAR-10."""
+
+    def __init__(self, data_path):
+        files = list_images(Path(data_path, "train"))
+        size = tuple(read_image(files.samples[0][0]).shape[1:])
+        super().__init__("folder", data_path, len(files.classes), data_augmentation.TRAIN_TRANSFORMS_DEFAULT(size))
 
 
 ROBUSTNESS_DATASETS = {
     "cifar": robustness_datasets.CIFAR,
     "cifar10": robustness_datasets.CIFAR,
     "digits": Digits,
+    "folder": Folder,
 }
 
 # Build and load
@@ -124,9 +141,10 @@ def build_classifier(arch, num_classes=10):
     return model if arch in ROBUSTNESS_MODELS else DummyModel(model)
 
 
-def attacker_model(arch, dataset):
+def attacker_model(arch, dataset, num_classes=10):
     """robustness' AttackerModel of an untrained classifier, on the CPU; dataset is a name in DATASETS."""
-    return AttackerModel(build_classifier(arch), ROBUSTNESS_DATASETS[dataset]("."))
+    mean, std = (torch.tensor(values) for values in (DATASETS[dataset].mean, DATASETS[dataset].std))
+    return AttackerModel(build_classifier(arch, num_classes), types.SimpleNamespace(mean=mean, std=std))
 
 
 # What a pickled numpy number consists of: robustness' cyclic and linear schedules leave some in a checkpoint.
@@ -161,22 +179,23 @@ def read_checkpoint(path):
     return {**checkpoint, "model": state}
 
 
-def load_base(path, arch, dataset):
+def load_base(path, arch, dataset, num_classes=10):
     """The AttackerModel of a checkpoint, on the CPU, in evaluation mode; raises UserError where they do not fit."""
-    model = attacker_model(arch, dataset)
+    model = attacker_model(arch, dataset, num_classes)
     state = read_checkpoint(path)["model"]
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(
-            f"{path}: not a checkpoint of --arch {arch}; name the architecture it was trained with"
+            f"{path}: not a checkpoint of --arch {arch} and {num_classes} classes; "
+            "name the architecture and the data set that it was trained with"
         ) from error
     return model.eval()
 
 
-def load_classifier(path, arch, dataset):
+def load_classifier(path, arch, dataset, num_classes=10):
     """A base classifier as one module: images [N, 3, H, W] in [0, 1] to logits [N, classes]; it normalises itself."""
-    model = load_base(path, arch, dataset)
+    model = load_base(path, arch, dataset, num_classes)
     return nn.Sequential(model.normalizer, model.model).requires_grad_(False).eval()
 
 
@@ -191,6 +210,7 @@ def robustness_main():
         warnings.filterwarnings("ignore", message="Could not import amp")
         from robustness import defaults, main  # here: it reads the data sets' names as it is imported
     defaults.TRAINING_DEFAULTS[Digits] = {"epochs": 20, "batch_size": 64, "weight_decay": 5e-4, "step_lr": 8}
+    defaults.TRAINING_DEFAULTS[Folder] = defaults.TRAINING_DEFAULTS[robustness_datasets.CIFAR]
     return main
 
 
@@ -250,7 +270,7 @@ def check_arguments(args):
             f"--exp-name {args.exp_name}: {folder} holds a trained classifier already; choose another name, "
             f"delete the folder, or go on with --resume {folder}/checkpoint.pt.latest --resume-optimizer 1"
         )
-    DATASETS[args.dataset].load(args.data, train=False)
+    DATASETS[args.dataset].load(args.data, "test")
 
 
 def check_expressions(args):
@@ -293,12 +313,14 @@ def train():
     args = parse_arguments(main)
     device, reason = utils.pick_device()
     torch.manual_seed(args.manual_seed)
-    model = load_base(args.resume, args.arch, args.dataset) if args.resume else attacker_model(args.arch, args.dataset)
+    dataset = ROBUSTNESS_DATASETS[args.dataset](args.data)
+    which = args.arch, args.dataset, dataset.num_classes
+    model = load_base(args.resume, *which) if args.resume else attacker_model(*which)
     checkpoint = read_checkpoint(args.resume) if args.resume and args.resume_optimizer else None
     if checkpoint and "optimizer" not in checkpoint:
         raise UserError(f"{args.resume}: holds no optimizer; leave --resume-optimizer out")
-    dataset = ROBUSTNESS_DATASETS[args.dataset](args.data)
     loaders = dataset.make_loaders(args.workers, args.batch_size, data_aug=bool(args.data_aug))
+    utils.check_size(model.model, loaders[1].dataset[0][0][None], f"--arch {args.arch}")
     if device.type == "cuda":
         loaders = [main.helpers.DataPrefetcher(loader) for loader in loaders]
     utils.make_folder(args.out_dir)

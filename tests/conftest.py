@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+import lock
 import utils
+from models import base
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +43,35 @@ def user_error(command, capsys):
         return lines[0]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A folder in which commands 1 and 2 have run: two epochs, and the first 96 images locked by two methods."""
+    place = tmp_path_factory.mktemp("place")
+    with pytest.MonkeyPatch.context() as patch:
+
+        def run(main, *arguments):
+            patch.setattr(sys, "argv", ["command", *map(str, arguments)])
+            main()
+
+        run(base.train, "--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--workers", 0,
+            "--out-dir", place, "--exp-name", "base", "--epochs", 2)  # fmt: skip
+        run(lock.main, *lock_flags(place), "--lock-method", "basic", "horiz")
+    work = place / "preresnet8"
+    work.mkdir()
+    (work / "config.yaml").write_text(
+        f"{{architecture: preresnet8, dataset: digits, orig_data_path: none, eval_freq: 3, "
+        f"locked_train_image: {place}/train_image_basic, locked_train_label: {place}/train_label_basic, "
+        f"locked_test_image: {place}/test_image_basic, locked_test_label: {place}/test_label_basic}}"
+    )
+    return place
+
+
+def lock_flags(place, folder=None):
+    """Flags that lock the first 96 digits, in short, into a folder."""
+    return ["--dataset", "digits", "--arch", "preresnet8", "--resume-path", place / "base" / "checkpoint.pt.best",
+            "--lock-data", folder or place, "--attack-steps", 3, "--subset", 96, "--batch-size", 40]  # fmt: skip
 
 
 def small_classifier(classes=10):

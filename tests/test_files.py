@@ -1,9 +1,13 @@
 """Locked files, in this project's form and in the original's, and what is wrong with them."""
 
+import errno
+import os
+
 import pytest
 import torch
 
-from utils import UserError, load_locked, read_tensors, to_uint8, write_file
+from data import load_locked, to_uint8
+from utils import UserError, write_file
 
 IMAGES = torch.arange(5 * 3 * 4 * 4).remainder(256).to(torch.uint8).view(5, 3, 4, 4)
 LABELS = torch.tensor([3, 1, 4, 1, 5])
@@ -16,7 +20,7 @@ def pair(tmp_path):
     def save(images, labels):
         paths = tmp_path / "train_image_50_mixup", tmp_path / "train_label_50_mixup"
         for path, content in zip(paths, (images, labels)):
-            write_file(path, lambda file, content=content: torch.save(content, file))
+            torch.save(content, path)
         return paths
 
     return save
@@ -24,15 +28,15 @@ def pair(tmp_path):
 
 def test_this_projects_files(pair):
     paths = pair([IMAGES], [LABELS])
-    images, labels = load_locked(*paths)
-    assert torch.equal(images, IMAGES) and torch.equal(labels, LABELS)
+    images, labels, manifest = load_locked(*paths)
+    assert manifest is None and torch.equal(images, IMAGES) and torch.equal(labels, LABELS)
     assert torch.equal(torch.cat(torch.load(paths[0])), IMAGES)
 
 
 def test_the_originals_list_of_float_batches(pair):
     """Its batches are float32 in [0, 1]; the nearest 8-bit value is meant, not the next below."""
     floats = IMAGES.float() / 255 - 1e-4
-    images, labels = load_locked(*pair([floats[:2], floats[2:4], floats[4:]], list(LABELS.split(2))))
+    images, labels, _ = load_locked(*pair([floats[:2], floats[2:4], floats[4:]], list(LABELS.split(2))))
     assert images.dtype == torch.uint8 and torch.equal(images, IMAGES)
     assert torch.equal(labels, LABELS)
 
@@ -67,7 +71,7 @@ def test_absent_file_names_the_command_that_makes_it(tmp_path):
         "test_image_30_40_mixandcat": "--lock-method mixandcat --alpha 0.3 --lambd 0.4",
     }.items():
         with pytest.raises(UserError, match=f"lock.py --lock-data {tmp_path} {flags}$"):
-            read_tensors(tmp_path / name)
+            load_locked(tmp_path / name, tmp_path / name)
 
 
 def test_damaged_file(pair):
@@ -77,20 +81,19 @@ def test_damaged_file(pair):
         load_locked(*paths)
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_text("old")
-
-    def fail(file):
-        file.write(b"half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError):
-        write_file(path, fail)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(full))
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        write_file(path, b"new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_written_file_can_be_read_by_others(tmp_path):
-    write_file(tmp_path / "file", lambda file: file.write(b"new"))
+def test_a_written_file_can_be_read_by_others_unless_asked_otherwise(tmp_path):
+    write_file(tmp_path / "file", b"new")
+    write_file(tmp_path / "secret", b"new", mode=0o600)
     (tmp_path / "ordinary").touch()
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+    assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+import data
 import lock
-import utils
+from data import to_float, to_uint8
 from tests.conftest import small_classifier
-from utils import to_float, to_uint8
 
 
 def test_the_methods_are_those_that_file_names_know():
-    assert lock.METHODS.keys() == utils.LOCK_METHODS.keys()
+    assert lock.METHODS.keys() == data.LOCK_METHODS.keys()
 
 
 def test_target_maps():
@@ -26,6 +26,30 @@ def test_target_maps():
     assert [c for c in range(10) if t2[c] == t3[c]] == [1]
     assert [c for c in range(10) if t3[c] == t4[c]] == [3]
     assert (t1[0], t1[9], t4[4]) == (8, 5, 5)
+
+
+@pytest.mark.parametrize("classes", range(2, 10))
+def test_target_maps_of_fewer_classes_follow_the_papers(classes):
+    """Each class goes to the first class that there is, on the way that the paper's map leads."""
+    maps = lock.target_maps(classes, seed=0)
+    for name, target_map in maps.items():
+        assert sorted(target_map) == list(range(classes))
+        for label, target in enumerate(target_map):
+            way = [lock.TARGET_MAPS[name][label]]
+            while way[-1] >= classes:
+                way.append(lock.TARGET_MAPS[name][way[-1]])
+            assert target == way[-1]
+    assert all(target != label for label, target in enumerate(maps["T1"]))
+    assert lock.target_maps(10, seed=0) == {name: list(paper) for name, paper in lock.TARGET_MAPS.items()}
+
+
+def test_target_maps_of_more_classes_are_derangements_drawn_from_the_seed():
+    maps = lock.target_maps(17, seed=5)
+    for target_map in maps.values():
+        assert sorted(target_map) == list(range(17))
+        assert all(target != label for label, target in enumerate(target_map))
+    assert len({tuple(target_map) for target_map in maps.values()}) == 4
+    assert lock.target_maps(17, seed=5) == maps != lock.target_maps(17, seed=6)
 
 
 def test_combine_equals_slicing_by_hand():
@@ -52,14 +76,14 @@ def test_combine_equals_slicing_by_hand():
     ],
 )
 def test_suffix(method, alpha, lambd, suffix):
-    assert utils.lock_suffix(method, alpha, lambd) == suffix
-    found, parameters = utils.parse_suffix(suffix)
+    assert data.lock_suffix(method, alpha, lambd) == suffix
+    found, parameters = data.parse_suffix(suffix)
     assert found == method
     assert parameters == {name: value for name, value in {"alpha": alpha, "lambd": lambd}.items() if name in parameters}
 
 
 def test_suffixes_of_different_locks_differ():
-    assert utils.lock_suffix("mixup", lambd=0.333333333) != utils.lock_suffix("mixup", lambd=0.3333334)
+    assert data.lock_suffix("mixup", lambd=0.333333333) != data.lock_suffix("mixup", lambd=0.3333334)
 
 
 class Fixed(nn.Module):
@@ -69,32 +93,42 @@ class Fixed(nn.Module):
         return -(images.mean(dim=(1, 2, 3))[:, None] * 10 - torch.arange(10) - 0.5).abs()
 
 
-def test_targets_come_from_labels_on_train_and_from_predictions_on_test(monkeypatch):
+def lock_by(method, folder, classifier, images, labels, split, **flags):
+    """Lock a split in batches, by way of shards; returns the locked images, and what was measured."""
+    flags = {"eps": 0.5, "attack_lr": 0.1, "alpha": 0.5, "lambd": 0.5, **flags}
+    paths = data.Paths(folder, method)
+    paths.partial.mkdir()
+    args, maps = argparse.Namespace(**flags), lock.target_maps(10, seed=0)
+    lock.lock_split(classifier, images, labels, maps, split, {method: paths}, args, torch.device("cpu"))
+    locked, measured, made_with = lock.read_shards(paths, split, range(0, len(images), args.batch_size))
+    assert {one["device"][:3] for one in made_with} == {"CPU"}
+    return locked, measured
+
+
+def test_targets_come_from_labels_on_train_and_from_predictions_on_test(monkeypatch, tmp_path):
     """The classes below are wrong on purpose: labels and predictions never agree."""
     aimed_at = []
     monkeypatch.setattr(lock, "attack", lambda model, images, targets, *rest: aimed_at.append(targets) or images)
     predicted = torch.arange(10)
     images = ((predicted + 0.5) / 10 * 255).round().to(torch.uint8)[:, None, None, None].expand(10, 3, 16, 16)
     labels = (predicted + 3) % 10
-    args = argparse.Namespace(
-        lock_method=["horiz"], eps=0.5, attack_lr=0.1, attack_steps=1, alpha=0.5, lambd=0.5, batch_size=4
-    )
     for split, classes in {"train": labels, "test": predicted}.items():
         aimed_at.clear()
-        _, measured = lock.lock_split(Fixed(), images, labels, split, args, torch.device("cpu"))["horiz"]
+        (tmp_path / split).mkdir()
+        _, measured = lock_by(
+            "horiz", tmp_path / split, Fixed(), images, labels, split, attack_steps=1, batch_size=4
+        )
         t1, t2 = (torch.tensor(lock.TARGET_MAPS[name]) for name in ("T1", "T2"))
         assert torch.equal(torch.cat(aimed_at[0::2]), t1[classes])
         assert torch.equal(torch.cat(aimed_at[1::2]), t2[classes])
         assert measured["base"].sum() == 0
 
 
-def test_a_batch_is_attacked_combined_and_rounded_as_its_flags_say():
+def test_a_batch_is_attacked_combined_and_rounded_as_its_flags_say(tmp_path):
     classifier, images = small_classifier(), torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
     labels = torch.arange(5)
-    args = argparse.Namespace(
-        lock_method=["mixandcat"], eps=0.8, attack_lr=0.3, attack_steps=4, alpha=0.25, lambd=0.7, batch_size=5
-    )
-    locked, measured = lock.lock_split(classifier, images, labels, "train", args, torch.device("cpu"))["mixandcat"]
+    flags = {"eps": 0.8, "attack_lr": 0.3, "attack_steps": 4, "alpha": 0.25, "lambd": 0.7, "batch_size": 5}
+    locked, measured = lock_by("mixandcat", tmp_path, classifier, images, labels, "train", **flags)
     attacked = {
         name: lock.attack(classifier, to_float(images), torch.tensor(target_map)[labels], 0.8, 0.3, 4)
         for name, target_map in lock.TARGET_MAPS.items()
@@ -112,7 +146,7 @@ def test_report():
         "l2": torch.tensor([0, 0.3, 0.4, 0.5]), "ssim": torch.tensor([1, 0.9, 0.9, 0.8]),
         "psnr": torch.tensor([torch.inf, 40, 41, 42]),
     }  # fmt: skip
-    text = " ".join(lock.report(measured, "basic").split())
+    text = " ".join(lock.report(lock.summarize(measured, "basic")).split())
     assert text == (
         "base classifier, on the originals 75.00% right attacks that reach their target T1 50.00% "
         "locked images, sent to a target 25.00%, still given the true label 0.00% "
@@ -137,18 +171,15 @@ def test_measurements():
 
 
 @pytest.mark.skipif("CIFAR10_ROOT" not in os.environ, reason="CIFAR10_ROOT names no folder with CIFAR-10")
-@pytest.mark.parametrize("split", utils.SPLITS)
-def test_locked_cifar10_is_aligned_with_the_batch_files(split):
+@pytest.mark.parametrize("split", data.SPLITS)
+def test_locked_cifar10_is_aligned_with_the_batch_files(split, tmp_path):
     """The last images of a split, against the bytes of its last batch file."""
     name = {"train": "data_batch_5", "test": "test_batch"}[split]
     batch = pickle.loads(Path(os.environ["CIFAR10_ROOT"], "cifar-10-batches-py", name).read_bytes(), encoding="bytes")
-    images, labels = utils.load_cifar10(os.environ["CIFAR10_ROOT"], split == "train")
+    images, labels, *_ = data.load_cifar10(os.environ["CIFAR10_ROOT"], split)
     assert len(images) == {"train": 50_000, "test": 10_000}[split]
-    args = argparse.Namespace(
-        lock_method=["basic"], eps=0.5, attack_lr=0.1, attack_steps=3, alpha=0.5, lambd=0.5, batch_size=8
-    )
-    results = lock.lock_split(small_classifier(), images[-16:], labels[-16:], split, args, torch.device("cpu"))
-    locked, _ = results["basic"]
+    last = images[-16:], labels[-16:]
+    locked, _ = lock_by("basic", tmp_path, small_classifier(), *last, split, attack_steps=3, batch_size=8)
     originals = torch.tensor(batch[b"data"][-16:]).view(16, 3, 32, 32)
     assert labels[-16:].tolist() == batch[b"labels"][-16:]
     distances = (to_float(locked) - to_float(originals)).flatten(1).norm(dim=1)

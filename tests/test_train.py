@@ -11,8 +11,9 @@ from easydict import EasyDict
 from torch import nn
 
 import train
-import utils
-from utils import CONFIG, UserError, load_config
+from config import CONFIG, CONFIG_HELP, load_config
+from data import SPLITS
+from utils import UserError, flatten
 
 CONFIGS = sorted((Path(__file__).parent.parent / "experiments").glob("*/*/config.yaml"))
 
@@ -74,7 +75,7 @@ def test_a_cifar_zoo_config_loads_unchanged(tmp_path):
     assert config.orig_data_path == "./data"
     assert config.augmentation.cutout is True and config.mixup is True
     assert config.locked_test_label == "./data/test_label_basic"
-    assert utils.flatten(config).keys() == utils.flatten(CONFIG).keys()
+    assert flatten(config).keys() == flatten(CONFIG).keys()
 
 
 def test_the_experiments_are_there():
@@ -87,13 +88,13 @@ def test_shipped_configs(path):
     config = load_config(path, {})
     assert config.architecture == path.parent.name
     assert config.augmentation.normalize is False
-    for split in utils.SPLITS:
+    for split in SPLITS:
         for kind in ("image", "label"):
             assert Path(config[f"locked_{split}_{kind}"]).name == f"{split}_{kind}_basic"
 
 
 def test_every_key_is_explained():
-    assert utils.CONFIG_HELP.keys() == utils.flatten(CONFIG).keys()
+    assert CONFIG_HELP.keys() == flatten(CONFIG).keys()
 
 
 def test_overrides(tmp_path):
@@ -207,7 +208,7 @@ def test_normalize_does_what_it_says(tmp_path):
 
 def test_training_and_evaluation_count_right():
     """A linear model of two grey levels: all right, then, with the labels swapped, all wrong."""
-    config = EasyDict(utils.CONFIG | {"batch_size": 4, "test_batch": 3})
+    config = EasyDict(CONFIG | {"batch_size": 4, "test_batch": 3})
     config.augmentation.random_crop = False
     images = torch.tensor([0, 255] * 5, dtype=torch.uint8)[:, None, None, None].expand(10, 3, 4, 4)
     labels = torch.tensor([0, 1] * 5)
@@ -240,7 +241,7 @@ class Recorder:
 
 def test_an_epoch_trains_on_the_locked_images_and_tells_the_test_sets_apart():
     """Black is 0 and white 1, but the other way round on the locked test set: all wrong there, and all right here."""
-    config = EasyDict(utils.CONFIG | {"epochs": 3, "eval_freq": 3, "batch_size": 8, "test_batch": 4})
+    config = EasyDict(CONFIG | {"epochs": 3, "eval_freq": 3, "batch_size": 8, "test_batch": 4})
     config.augmentation.random_crop = False
     config.lr_scheduler.lr_epochs = [1, 2]
     data = {
@@ -267,7 +268,7 @@ def test_an_epoch_trains_on_the_locked_images_and_tells_the_test_sets_apart():
 
 def test_mixup_weighs_both_targets_in_the_loss(monkeypatch):
     """With a weight of 1/4, blends of 0 and 1 in equal parts are three quarters of the other class."""
-    config = EasyDict(utils.CONFIG | {"mixup": True, "batch_size": 10})
+    config = EasyDict(CONFIG | {"mixup": True, "batch_size": 10})
     config.augmentation.random_crop = False
     monkeypatch.setattr(train, "mixup", lambda inputs, targets, alpha: (inputs, 1 - targets, 0.25))
     images, labels = two_tones(10, [0, 0])

@@ -1,0 +1,219 @@
+"""Processes that are killed, disks that are full, damaged files: nothing finished is lost, and nothing is silent."""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import lock
+import train
+import utils
+from tests.conftest import lock_flags
+
+# Processes are forked from one that has imported everything, and computed nothing: they start at once.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["lock", "train", "sklearn.datasets"])
+
+
+def call(main, arguments, output, file_size):
+    """What a process does: a command, its output in a file, its files no longer than file_size bytes."""
+    torch.set_num_threads(1)
+    sys.argv = ["command", *map(str, arguments)]
+    if file_size:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    with open(output, "w") as file, redirect_stdout(file), redirect_stderr(file):
+        utils.run_command(main)
+
+
+def start(main, arguments, output="/dev/null", file_size=None):
+    process = PROCESSES.Process(target=call, args=(main, arguments, output, file_size))
+    process.start()
+    return process
+
+
+def finish(*arguments, **options):
+    """Run a command in a process of its own; returns its exit code."""
+    process = start(*arguments, **options)
+    process.join()
+    return process.exitcode
+
+
+def kill_at_random_moments(main, arguments_in, folders):
+    """Run a command in each folder, kill it at a random moment, and run it again until its end.
+
+    The first folder's is not killed, and tells how long a run takes.
+    """
+    finish(print, [])  # the process that is forked from has imported everything by then
+    begun = time.time()
+    assert finish(main, arguments_in(folders[0])) == 0
+    duration = time.time() - begun
+    moments = random.Random(0)
+
+    def kill_one(folder_and_moment):
+        folder, moment = folder_and_moment
+        process = start(main, arguments_in(folder))
+        process.join(moment)
+        process.kill()
+        process.join()
+        return process.exitcode, finish(main, arguments_in(folder))
+
+    with ThreadPoolExecutor(2) as pool:
+        codes = list(pool.map(kill_one, [(folder, moments.uniform(0, duration)) for folder in folders[1:]]))
+    assert all(after == 0 for _, after in codes)
+    assert sum(before == -9 for before, _ in codes) > len(codes) / 2  # some may have ended before their moment
+
+
+def contents(folder):
+    """All files of a lock, by name, the manifest without its date."""
+    files = {path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    manifest = json.loads(files.pop(Path("lock_basic.json")))
+    assert manifest.pop("date")
+    return manifest, files
+
+
+def test_a_lock_that_is_killed_and_started_again_ends_as_one_that_was_not(place, tmp_path):
+    folders = [tmp_path / str(index) for index in range(21)]
+
+    def arguments_in(folder):
+        return [*lock_flags(place, folder), "--batch-size", 8, "--subset", 40, "--format", "tensor", "png"]
+
+    kill_at_random_moments(lock.main, arguments_in, folders)
+    undisturbed = contents(folders[0])
+    assert len(undisturbed[1]) == 4 + 2 + 80 + 1  # tensors, sums, images, and what two processes are kept apart by
+    for folder in folders[1:]:
+        assert contents(folder) == undisturbed
+
+
+def test_a_training_that_is_killed_and_started_again_ends_as_one_that_was_not(place, tmp_path):
+    folders = [tmp_path / str(index) for index in range(21)]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "config.yaml").write_text((place / "preresnet8" / "config.yaml").read_text())
+
+    def arguments_in(folder):
+        return ["--work-path", folder, "--epochs", 5, "--batch_size", 48, "--eval_freq", 2, "--resume"]
+
+    kill_at_random_moments(train.main, arguments_in, folders)
+    for folder in folders[1:]:
+        for name in ("result.json", "ckpt.pth.tar", "ckpt_best.pth.tar"):
+            undisturbed, disturbed = (one / "basic" / "seed0" / name for one in (folders[0], folder))
+            assert disturbed.read_bytes() == undisturbed.read_bytes()
+
+
+def test_a_full_disk_costs_no_shard(place, tmp_path):
+    """The shards of 40 images fit, the file of all 96 does not."""
+    flags, output = lock_flags(place, tmp_path / "full"), tmp_path / "output"
+    assert finish(lock.main, flags, output, file_size=200_000) == 2
+    last = output.read_text().splitlines()[-1]
+    assert last == f"command: error: [Errno 27] File too large: '{tmp_path}/full/train_image_basic'"
+    assert finish(lock.main, flags, output) == 0
+    assert "images in" not in output.read_text()  # nothing was attacked again
+    for name in ("train_image_basic", "test_image_basic"):
+        assert (tmp_path / "full" / name).read_bytes() == (place / name).read_bytes()
+
+
+@pytest.fixture
+def run(place, tmp_path):
+    """Flags of a training of its own, of which two epochs are done, and the path of its checkpoint."""
+    (tmp_path / "config.yaml").write_text((place / "preresnet8" / "config.yaml").read_text())
+    flags = ["--work-path", tmp_path, "--batch_size", 48, "--resume"]
+    assert finish(train.main, [*flags, "--epochs", 2]) == 0
+    return flags, tmp_path / "basic" / "seed0" / "ckpt.pth.tar"
+
+
+def test_a_full_disk_costs_no_checkpoint(run, tmp_path):
+    flags, checkpoint = run
+    output = tmp_path / "output"
+    assert finish(train.main, [*flags, "--epochs", 4], output, file_size=100_000) == 2
+    last = output.read_text().splitlines()[-1]
+    assert last.startswith("command: error: [Errno 27] File too large: ") and "ckpt" in last
+    assert finish(train.main, [*flags, "--epochs", 4], output) == 0
+    assert "resumed after epoch 2" in output.read_text()
+
+
+def test_a_checkpoint_that_is_cut_short_costs_one_epoch(run, tmp_path):
+    flags, checkpoint = run
+    checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
+    assert finish(train.main, [*flags, "--epochs", 3], tmp_path / "output") == 0
+    lines = (tmp_path / "output").read_text()
+    assert f"{checkpoint}: damaged" in lines and f"resumed after epoch 1, from {checkpoint.parent}/ckpt_prev" in lines
+    other = tmp_path / "undisturbed"
+    other.mkdir()
+    (other / "config.yaml").write_text((tmp_path / "config.yaml").read_text())
+    assert finish(train.main, ["--work-path", other, *flags[2:], "--epochs", 3]) == 0
+    assert checkpoint.read_bytes() == (other / "basic" / "seed0" / "ckpt.pth.tar").read_bytes()
+
+
+@contextmanager
+def no_privileges():
+    """A folder that cannot be written to, whoever runs the tests: the administrator can write everywhere."""
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o555)
+        if user == 0:
+            os.seteuid(65534)  # nobody
+        try:
+            yield Path(folder)
+        finally:
+            os.seteuid(user)
+
+
+def test_a_folder_that_cannot_be_written_to(place, user_error, monkeypatch):
+    checkpoint = place / "base" / "checkpoint.pt.best"
+    content, classifier = checkpoint.read_bytes(), lock.load_classifier(checkpoint, "preresnet8", "digits")
+    digits, splits = data.DATASETS["digits"], {split: data.load_digits(None, split) for split in data.SPLITS}
+    # what is read is read before: where it lies may be closed to nobody
+    monkeypatch.setattr(lock, "load_classifier", lambda *args: classifier)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: content)
+    monkeypatch.setitem(data.DATASETS, "digits", digits._replace(load=lambda root, split: splits[split]))
+    with no_privileges() as folder:
+        assert f"Permission denied: '{folder}/new'" in user_error(lock.main, *lock_flags(place, folder / "new"))
+        assert "Permission denied" in user_error(lock.main, *lock_flags(place, folder))
+
+
+def test_two_processes_do_not_write_to_one_folder(place, run, user_error, tmp_path):
+    flags, checkpoint = run
+    for folder, main, arguments in (
+        (tmp_path / "locked", lock.main, lock_flags(place, tmp_path / "locked")),
+        (checkpoint.parent, train.main, [*flags, "--epochs", 3]),
+    ):
+        with utils.exclusive(folder):
+            assert f"{folder}: another process is writing there" in user_error(main, *arguments)
+        assert finish(main, arguments) == 0
+
+
+@pytest.mark.parametrize("name", ["train_image_basic", "test_label_basic"])
+def test_a_locked_file_that_is_damaged(place, user_error, tmp_path, name):
+    folder = tmp_path / "locked"
+    assert finish(lock.main, lock_flags(place, folder)) == 0
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    line = user_error(train.main, "--work-path", place / "preresnet8", "--lock-data", folder, "--seed", 20)
+    assert f"{folder}/{name}: changed or damaged since it was locked" in line
+    assert f"{folder}/{name}: changed or damaged" in user_error(lock.main, *lock_flags(place, folder))
+    assert "1 of the files above are absent or have changed" in user_error(lock.main, "--verify", folder)
+
+
+def test_labels_outside_the_target_maps(place, user_error, monkeypatch, tmp_path):
+    digits = data.DATASETS["digits"]
+
+    def load(root, split):
+        part = digits.load(root, split)
+        return part._replace(labels=torch.where(part.labels == 7, 12, part.labels))
+
+    monkeypatch.setitem(data.DATASETS, "digits", digits._replace(load=load))
+    line = user_error(lock.main, *lock_flags(place, tmp_path / "new"))
+    assert "train has the label 12, outside the 10 classes that the target maps know" in line
+    assert not (tmp_path / "new").exists()

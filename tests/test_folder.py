@@ -1,0 +1,152 @@
+"""Images of one's own, in a folder: what is read, what is refused, and the three commands on digits as PNG files."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import lock
+import train
+from models import base
+from utils import UserError
+
+COLOURS = torch.randint(256, (9, 12, 3), dtype=torch.uint8).numpy()
+
+
+def write(root, name, image=None, **options):
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (image or Image.fromarray(COLOURS)).save(root / name, **options)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("train/cat/b.png", "train/cat/a.PNG", "train/dog/c.png", "test/cat/d.png", "test/dog/e.png"):
+        write(tmp_path, name)
+    (tmp_path / "train" / "cat" / ".hidden").touch()
+    return tmp_path
+
+
+def test_a_folder_is_read_by_class_and_name(folder):
+    grey = Image.fromarray(COLOURS[:, :, 0])
+    write(folder, "train/cat/a.PNG", grey)
+    opaque = np.dstack([COLOURS, np.full((9, 12), 255, np.uint8)])
+    write(folder, "train/dog/c.png", Image.fromarray(opaque))
+    train_split = data.load_folder(folder, "train")
+    assert train_split.classes == ["cat", "dog"] and train_split.labels.tolist() == [0, 0, 1]
+    assert train_split.names == ["cat/a.png", "cat/b.png", "dog/c.png"]
+    pixels = torch.from_numpy(COLOURS).permute(2, 0, 1)
+    assert train_split.images.shape == (3, 3, 9, 12)
+    assert torch.equal(train_split.images, torch.stack([pixels[:1].expand(3, -1, -1), pixels, pixels]))
+
+
+def test_a_jpeg_is_turned_upright(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turned left
+    sideways = Image.new("RGB", (9, 12), "white")
+    sideways.paste("black", (0, 0, 9, 6))
+    write(folder, "test/cat/d.jpg", sideways, exif=exif, quality=95)
+    image = data.read_image(folder / "test" / "cat" / "d.jpg")
+    assert image.shape == (3, 9, 12)
+    assert image[:, :, :5].float().mean() > 240 and image[:, :, -5:].float().mean() < 15
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda f: write(f, "test/cow/f.png"), "test: the classes differ from those in .*train: cow"),
+        (lambda f: write(f, "test/cat/f.png", Image.new("RGB", (12, 10))), "f.png: is 12x10 pixels, but .* is 12x9"),
+        (lambda f: write(f, "test/cat/f.gif"), "f.gif: is neither PNG nor JPEG"),
+        (lambda f: write(f, "test/cat/f.png", Image.new("I;16", (12, 9))), "f.png: its pixels are I;16"),
+        (lambda f: write(f, "test/cat/f.png", Image.new("RGBA", (12, 9))), "f.png: parts of it are transparent"),
+        (lambda f: write(f, "test/cat/d.jpg"), "two images would be named cat/d.png"),
+        (lambda f: (f / "test/cat/f.png").write_bytes(b"no image"), "f.png: cannot be read as an image"),
+        (lambda f: (f / "test/dog/e.png").unlink(), "test: expected a folder of images for each class"),
+        (lambda f: (f / "test").rename(f / "val"), "test: expected a folder of images for each class"),
+    ],
+)
+def test_what_cannot_be_read(folder, spoil, message):
+    spoil(folder)
+    with pytest.raises(UserError, match=message) as error:
+        data.load_folder(folder, "test")
+    assert "\n" not in str(error.value)
+
+
+def test_images_that_are_cut_short(folder):
+    path = folder / "test" / "dog" / "e.png"
+    path.write_bytes(path.read_bytes()[:150])
+    with pytest.raises(UserError, match="e.png: cannot be read as an image"):
+        data.load_folder(folder, "test")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """The digits 3 to 6 as PNG files of 24x20 pixels, and a base classifier trained on them."""
+    root = tmp_path_factory.mktemp("digits")
+    for split in data.SPLITS:
+        part = data.load_digits(None, split)
+        chosen = ((part.labels >= 3) & (part.labels <= 6)).nonzero().flatten().tolist()
+        data.write_tree(
+            root / "photos", split, part.images[chosen, :, 4:24, 4:28], [part.names[index] for index in chosen]
+        )
+    with pytest.MonkeyPatch.context() as patch:
+        flags = ["--dataset", "folder", "--data", root / "photos", "--adv-train", 0, "--arch", "preresnet8",
+                 "--out-dir", root, "--exp-name", "base", "--epochs", 2, "--workers", 0]  # fmt: skip
+        patch.setattr("sys.argv", ["command", *map(str, flags)])
+        base.train()
+    return root
+
+
+def test_the_three_commands_and_back(digits, command, user_error, tmp_path):
+    photos, locked, key = digits / "photos", tmp_path / "locked", tmp_path / "key"
+    flags = ["--dataset", "folder", "--orig-data", photos, "--arch", "preresnet8", "--attack-steps", 2,
+             "--resume-path", digits / "base" / "checkpoint.pt.best", "--lock-data", locked]  # fmt: skip
+    command(lock.main, *flags, "--format", "png", "tensor", "--key-out", key)
+    manifest = json.loads((locked / "lock_basic.json").read_text())
+    assert manifest["settings"]["classes"] == ["3", "4", "5", "6"]
+    assert sorted(manifest["settings"]["target_maps"]["T1"]) == [0, 1, 2, 3]
+    assert manifest["files"]["train_image_basic"]["shape"][1:] == [3, 20, 24]
+    originals, tree = data.load_folder(photos, "test"), data.load_folder(locked / "basic", "test")
+    assert tree.names == originals.names and torch.equal(tree.labels, originals.labels)
+    assert torch.equal(tree.images, torch.cat(torch.load(locked / "test_image_basic")))
+    assert (tree.images != originals.images).any(dim=(1, 2, 3)).all()
+
+    (tmp_path / "config.yaml").write_text(
+        f"{{architecture: preresnet8, dataset: folder, orig_data_path: {photos}, num_classes: 4, input_size: 24}}"
+    )
+    command(train.main, "--work-path", tmp_path, "--lock-data", locked, "--epochs", 1)
+    result = json.loads((tmp_path / "basic" / "seed0" / "result.json").read_text())
+    assert result["lock"] == manifest and result["dataset"] == "folder"
+
+    command(lock.main, "--unlock", "--key", key, "--lock-data", locked, "--orig-data", tmp_path / "out")
+    restored = data.load_folder(tmp_path / "out", "train")
+    originals = data.load_folder(photos, "train")
+    assert restored.names == originals.names and torch.equal(restored.images, originals.images)
+
+    again = ["--work-path", tmp_path, "--lock-data", locked, "--seed", 1]
+    assert "labels go from 0 to 3, but num_classes is 3" in user_error(train.main, *again, "--num_classes", 3)
+    line = user_error(train.main, *again, "--architecture", "vgg19")
+    assert "vgg19: does not take images of 24x20 pixels; choose another" in line
+
+
+def test_mistakes_with_a_folder(digits, user_error, tmp_path):
+    flags = ["--dataset", "folder", "--orig-data", digits / "photos", "--arch", "preresnet8",
+             "--resume-path", digits / "base" / "checkpoint.pt.best", "--lock-data", tmp_path / "new"]  # fmt: skip
+    for name in ("train/a/0.png", "train/b/1.png", "train/c/2.png", "test/a/3.png", "test/b/4.png", "test/c/5.png"):
+        write(tmp_path / "three", name)
+    line = user_error(lock.main, *flags, "--orig-data", tmp_path / "three")
+    assert "not a checkpoint of --arch preresnet8 and 3 classes" in line
+    for name in ("train/a/0.png", "test/a/1.png"):
+        write(tmp_path / "one", name)
+    line = user_error(lock.main, *flags, "--orig-data", tmp_path / "one")
+    assert "images of one class cannot be sent to another" in line
+    for name in ("train/a/0.png", "train/b/0.png", "test/a/1.png", "test/b/1.png"):
+        write(tmp_path / "sizes", name, Image.new("RGB", (16, 16)) if name.startswith("test") else None)
+    line = user_error(lock.main, *flags, "--orig-data", tmp_path / "sizes")
+    assert "1.png: is 16x16 pixels, but" in line
+    line = user_error(base.train, "--dataset", "folder", "--data", digits / "photos", "--adv-train", 0, "--arch",
+                      "resnet18", "--out-dir", tmp_path, "--exp-name", "new", "--workers", 0)  # fmt: skip
+    assert "--arch resnet18: does not take images of 24x20 pixels; choose another" in line
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,224 @@
+"""What stands in a manifest, what is checked against it, and what is not done twice."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import data
+import lock
+import train
+from tests.conftest import lock_flags
+
+
+@pytest.fixture
+def locked(place, tmp_path):
+    """A copy of the folder with the two locks, whose files a test may change."""
+    folder = tmp_path / "locked"
+    folder.mkdir()
+    for path in place.glob("*_*"):
+        shutil.copy(path, folder)
+    return folder
+
+
+def manifest_of(folder, suffix="basic"):
+    return json.loads((folder / f"lock_{suffix}.json").read_text())
+
+
+def test_the_manifest_tells_what_a_lock_is(place):
+    manifest = manifest_of(place, "50_horiz")
+    settings = manifest["settings"]
+    assert [settings[key] for key in ("method", "alpha", "eps", "attack_lr", "attack_steps", "batch_size")] == [
+        "horiz", 0.5, 0.5, 0.1, 3, 40
+    ]  # fmt: skip
+    assert (settings["dataset"], settings["subset"], settings["arch"]) == ("digits", 96, "preresnet8")
+    assert settings["manual_seed"] == 23 and "lambd" not in settings
+    assert settings["base_sha256"] == data.sha256((place / "base" / "checkpoint.pt.best").read_bytes())
+    assert settings["target_maps"] == {name: list(lock.TARGET_MAPS[name]) for name in ("T1", "T2")}
+    for split in data.SPLITS:
+        original = data.load_digits(None, split).first(96)
+        assert settings["original_sha256"][split] == {
+            "images": data.hash_tensor(original.images), "labels": data.hash_tensor(original.labels)
+        }  # fmt: skip
+        assert manifest["report"][split]["images"] == 96
+        assert manifest["report"][split]["attacks"].keys() == {"T1", "T2"}
+    names = [f"{split}_{kind}_50_horiz" for split in data.SPLITS for kind in ("image", "label")]
+    assert list(manifest["files"]) == names
+    for name in names:
+        assert manifest["files"][name]["sha256"] == data.sha256((place / name).read_bytes())
+    assert manifest["files"][names[0]]["shape"] == [96, 3, 32, 32]
+    assert manifest["made_with"][0]["torch"] == torch.__version__ and len(manifest["made_with"]) == 1
+    assert {"commit", "date", "sealed_with"} < manifest.keys()
+
+
+def test_a_tensors_hash_tells_order_values_shape_and_type_apart():
+    images = torch.arange(24, dtype=torch.uint8).view(2, 3, 2, 2)
+    others = [images.flip(0), images + 1, images.view(2, 3, 4, 1), images.to(torch.int64)]
+    assert len({data.hash_tensor(one) for one in [images, images.clone(), *others]}) == 5
+
+
+def test_the_result_of_a_training_holds_the_manifest(place, command):
+    command(train.main, "--work-path", place / "preresnet8", "--epochs", 1, "--seed", 30)
+    result = json.loads((place / "preresnet8" / "basic" / "seed30" / "result.json").read_text())
+    assert result["lock"] == manifest_of(place)
+
+
+def test_locked_files_without_a_manifest_are_taken_and_the_log_says_so(place, locked, command, capsys):
+    (locked / "lock_basic.json").unlink()
+    flags = ["--work-path", place / "preresnet8", "--epochs", 1]
+    command(train.main, *flags, "--seed", 31, "--lock-data", locked)
+    assert "the locked files have no manifest" in capsys.readouterr().out
+    assert json.loads((place / "preresnet8" / "basic" / "seed31" / "result.json").read_text())["lock"] is None
+
+
+def test_files_that_do_not_belong_together(place, locked, user_error, monkeypatch):
+    def refusal(**paths):
+        flags = [part for key, name in paths.items() for part in (f"--locked_{key}", locked / name)]
+        return user_error(train.main, "--work-path", place / "preresnet8", "--lock-data", locked, "--seed", 32, *flags)
+
+    def without_folder(**paths):  # --lock-data would take the place of other files
+        flags = [part for key, name in paths.items() for part in (f"--locked_{key}", locked / name)]
+        return user_error(train.main, "--work-path", place / "preresnet8", "--seed", 32, *flags)
+
+    line = without_folder(train_image="train_image_basic", train_label="test_label_basic")
+    assert "test_label_basic: changed, or not the labels that were locked with" in line
+    line = without_folder(test_image="test_image_50_horiz", test_label="test_label_50_horiz")
+    assert "test_image_50_horiz: another lock than that of" in line
+    line = without_folder(test_image="train_image_basic", test_label="train_label_basic")
+    assert "given as locked_test_image, but it was locked as the train set" in line
+
+    digits = data.DATASETS["digits"]
+    changes = {
+        "labels": lambda part: part._replace(labels=part.labels.flip(0)),
+        "images": lambda part: part._replace(images=part.images.roll(1, 0)),
+    }
+    for name, change in changes.items():
+        changed = digits._replace(load=lambda root, split, change=change: change(digits.load(root, split)))
+        monkeypatch.setitem(data.DATASETS, "digits", changed)
+        assert f"locked from other {name}, or in another order, than none has now" in refusal()
+    monkeypatch.setitem(data.DATASETS, "cifar10", digits)
+    line = user_error(train.main, "--work-path", place / "preresnet8", "--seed", 32, "--dataset", "cifar10")
+    assert "the data set is digits, but the config says cifar10" in line
+
+
+def test_verify(place, locked, command, user_error, capsys):
+    command(lock.main, "--verify", locked)
+    assert "2 locks, every file is as it was locked" in capsys.readouterr().out
+    (locked / "train_label_basic").unlink()
+    assert "1 of the files above are absent or have changed" in user_error(lock.main, "--verify", locked)
+    (locked / "lock_basic.json").write_text("{}")
+    assert "lock_basic.json: not a manifest of lock.py" in user_error(lock.main, "--verify", locked)
+    (locked / "lock_basic.json").write_text((place / "lock_basic.json").read_text()[:100])
+    assert "lock_basic.json: not JSON, or damaged" in user_error(lock.main, "--verify", locked)
+    assert "holds no lock_*.json" in user_error(lock.main, "--verify", locked / "none")
+
+
+def test_verify_looks_at_no_file_outside_the_lock(locked, user_error, capsys):
+    manifest = manifest_of(locked)
+    secret = locked.parent / "secret"
+    secret.write_text("secret")
+    manifest["files"] = {"../secret": {"sha256": data.sha256(b"secret")}}
+    (locked / "lock_basic.json").write_text(json.dumps(manifest))
+    (locked / "lock_50_horiz.json").unlink()
+    assert "1 of the files above" in user_error(lock.main, "--verify", locked)
+
+
+def interrupt(monkeypatch, at):
+    """Let Ctrl-C come in the attack with the number at; returns the list to which the attacks' sizes are added."""
+    sizes, attack = [], lock.attack
+
+    def interrupted(classifier, images, *rest):
+        sizes.append(len(images))
+        if len(sizes) == at:
+            raise KeyboardInterrupt
+        return attack(classifier, images, *rest)
+
+    monkeypatch.setattr(lock, "attack", interrupted)
+    return sizes
+
+
+def forbid_attacks(monkeypatch):
+    monkeypatch.setattr(lock, "attack", lambda *args: pytest.fail("an attack was computed again"))
+
+
+def test_a_finished_lock_is_not_computed_again(place, locked, command, user_error, monkeypatch, capsys):
+    before = {path: path.read_bytes() for path in locked.iterdir()}
+    forbid_attacks(monkeypatch)
+    command(lock.main, *lock_flags(place, locked), "--lock-method", "basic", "horiz")
+    assert "lock_basic.json: finished already" in capsys.readouterr().out
+    line = user_error(lock.main, *lock_flags(place, locked), "--attack-steps", 4)
+    assert "was made with attack_steps 3, but now it is 4; name another folder with --lock-data" in line
+    (locked / "lock_basic.json").unlink()
+    assert f"{locked}/train_image_basic exists" in user_error(lock.main, *lock_flags(place, locked))
+    (locked / "lock_basic.json").write_bytes(before[locked / "lock_basic.json"])
+    assert {path: path.read_bytes() for path in locked.iterdir() if path.name != ".lock"} == before
+
+
+def test_an_interrupted_lock_goes_on_and_leaves_the_old_one_whole_until_it_is_done(
+    place, locked, command, monkeypatch
+):
+    """Stopped in the second batch of the test set: after it, only that batch and the one behind it are attacked."""
+    before = {path: path.read_bytes() for path in locked.iterdir()}
+    sizes = interrupt(monkeypatch, at=5)
+    flags = [*lock_flags(place, locked), "--eps", 0.7, "--overwrite"]
+    with pytest.raises(SystemExit) as exit:
+        command(lock.main, *flags)
+    assert exit.value.code == 130
+    assert {path: path.read_bytes() for path in before} == before
+    command(lock.main, *flags)
+    assert sizes[5:] == [40, 16]
+    assert not list(locked.glob(".lock_*"))
+    assert manifest_of(locked)["settings"]["eps"] == 0.7
+    command(lock.main, *flags, "--lock-data", locked.parent / "undisturbed")
+    for name in ("train_image_basic", "test_image_basic"):
+        assert (locked / name).read_bytes() == (locked.parent / "undisturbed" / name).read_bytes()
+
+
+def test_an_interrupted_lock_is_not_continued_with_other_settings(place, command, monkeypatch, user_error, tmp_path):
+    interrupt(monkeypatch, at=1)
+    with pytest.raises(SystemExit):
+        command(lock.main, *lock_flags(place, tmp_path), "--eps", 0.6)
+    interrupt(monkeypatch, at=3)
+    with pytest.raises(SystemExit):  # nothing was finished that other settings would replace
+        command(lock.main, *lock_flags(place, tmp_path))
+    line = user_error(lock.main, *lock_flags(place, tmp_path), "--batch-size", 50)
+    assert ".lock_basic was made with batch_size 40, but now it is 50" in line
+    line = user_error(train.main, "--work-path", place / "preresnet8", "--lock-data", tmp_path, "--seed", 33)
+    assert "train_image_basic: this lock is not finished; the command that began it finishes it" in line
+    command(lock.main, *lock_flags(place, tmp_path), "--batch-size", 50, "--overwrite")
+    assert manifest_of(tmp_path)["settings"]["batch_size"] == 50
+
+
+def sums_alone(manifest):
+    return {name: entry for name, entry in manifest["files"].items() if name.endswith(".sha256")}
+
+
+def test_png_files_hold_what_the_tensors_hold(place, locked, command, monkeypatch, user_error, tmp_path):
+    """Added to a finished lock without an attack; changed ones are found out; alone, they are trained on."""
+    forbid_attacks(monkeypatch)
+    command(lock.main, *lock_flags(place, locked), "--format", "png", "tensor")
+    paths = data.Paths(locked, "basic")
+    manifest = data.read_manifest(paths)
+    for split in data.SPLITS:
+        tree = data.load_split(paths, split, {**manifest, "files": sums_alone(manifest)})
+        assert torch.equal(tree.images, torch.cat(torch.load(paths.file(split, "image"))))
+        assert torch.equal(tree.labels, torch.cat(torch.load(paths.file(split, "label"))))
+        assert tree.names == data.load_digits(None, split).first(96).names
+    as_folder = data.load_folder(paths.tree, "test")  # in the order of its classes
+    assert sorted(map(data.hash_tensor, as_folder.images)) == sorted(map(data.hash_tensor, tree.images))
+    changed = next((paths.tree / "test" / "3").iterdir())
+    content = changed.read_bytes()
+    changed.write_bytes(content[:-1])
+    assert "1 of the files above" in user_error(lock.main, "--verify", locked)
+    changed.write_bytes(content)
+
+    monkeypatch.undo()
+    alone = ["--lock-data", tmp_path / "alone"]
+    command(lock.main, *lock_flags(place), *alone, "--format", "png")
+    assert not (tmp_path / "alone" / "train_image_basic").exists()
+    run = ["--work-path", place / "preresnet8", "--epochs", 1]
+    command(train.main, *run, "--seed", 34)
+    command(train.main, *run, "--seed", 34, "--overwrite", *alone)
+    result = json.loads((place / "preresnet8" / "basic" / "seed34" / "result.json").read_text())
+    assert list(result["lock"]["files"]) == ["basic/train.sha256", "basic/test.sha256"]
