@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from models.base import attacker_model, load_base, load_classifier, read_checkpoint
+from tests.conftest import Malicious
 from utils import UserError
 
 
@@ -84,11 +85,6 @@ def test_weights_that_are_not_finite(checkpoint):
     torch.save(state, path)
     with pytest.raises(UserError, match="NaN"):
         load_base(path, "preresnet8", "cifar")
-
-
-class Malicious:
-    def __reduce__(self):
-        return exec, ("raise SystemExit('this ran')",)
 
 
 def test_nothing_in_a_checkpoint_runs(tmp_path):

@@ -6,7 +6,10 @@ import os
 import pytest
 import torch
 
-from data import load_locked, to_uint8
+import lock
+import train
+from data import Paths, load_locked, to_uint8
+from tests.conftest import Malicious
 from utils import UserError, write_file
 
 IMAGES = torch.arange(5 * 3 * 4 * 4).remainder(256).to(torch.uint8).view(5, 3, 4, 4)
@@ -52,6 +55,7 @@ def test_to_uint8_rounds_to_nearest():
         ([IMAGES[:, 0]], [LABELS], r"expected images \[N, 3, H, W\]"),
         ([IMAGES], [LABELS.float()], "expected labels"),
         ({"images": 3}, [LABELS], "not a list of tensors"),
+        ([Malicious()], [LABELS], "not a list of tensors"),
         ([IMAGES[:0]], [LABELS[:0]], r"expected images \[N, 3, H, W\]"),
         ([IMAGES.float()], [LABELS], r"must lie in \[0, 1\]"),
         ([IMAGES.float() * torch.nan], [LABELS], r"must lie in \[0, 1\]"),
@@ -79,6 +83,17 @@ def test_damaged_file(pair):
     paths[0].write_bytes(paths[0].read_bytes()[:300])
     with pytest.raises(UserError, match="train_image_50_mixup: not a list of tensors, or damaged"):
         load_locked(*paths)
+
+
+def test_nothing_in_a_shard_or_a_checkpoint_runs(tmp_path):
+    paths = Paths(tmp_path, "basic")
+    paths.partial.mkdir()
+    torch.save({"locked": Malicious()}, lock.shard_path(paths, "train", 0))
+    with pytest.raises(UserError, match="train_00000000: damaged"):
+        lock.read_shards(paths, "train", [0])
+    torch.save({"epoch": Malicious()}, tmp_path / "ckpt.pth.tar")
+    with pytest.raises(UserError, match="ckpt.pth.tar: damaged"):
+        train.read_checkpoint(tmp_path / "ckpt.pth.tar", log=print)
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
