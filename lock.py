@@ -13,6 +13,7 @@ goes on where it was when it is given again. Method and constants: arXiv:2002.03
 """
 
 import io
+import itertools
 import json
 import platform
 import shutil
@@ -30,9 +31,11 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from tqdm import tqdm
 
 import data
+import lockfiles
 import sealing
 import utils
-from data import DATASETS, SPLITS, Paths, hash_tensor, lock_suffix, sha256, to_float, to_uint8
+from data import DATASETS, SPLITS, to_float, to_uint8
+from lockfiles import METHODS, Paths, hash_tensor, sha256
 from models.base import load_classifier
 from utils import UserError, number, write_file
 
@@ -68,15 +71,6 @@ def derangement(n, generator):
         permutation = torch.randperm(n, generator=generator)
         if (permutation != torch.arange(n)).all():
             return permutation.tolist()
-
-
-# The sides of a locked image, from left to right; each side is one attack, or a blend of two.
-METHODS = {
-    "basic": (("T1",),),
-    "mixup": (("T1", "T2"),),
-    "horiz": (("T1",), ("T2",)),
-    "mixandcat": (("T1", "T2"), ("T3", "T4")),
-}
 
 
 def project(images, centers, eps):
@@ -238,7 +232,7 @@ def read_shards(paths, split, starts):
     shards = []
     for path in (shard_path(paths, split, start) for start in starts):
         try:
-            shards.append(torch.load(path, weights_only=True))
+            shards.append(lockfiles.load_whole(path))
         except Exception as error:  # a damaged file fails in many ways; all mean the same here
             reason = utils.first_line(error)
             raise UserError(f"{path}: damaged ({reason}); delete it, and run the same command again") from error
@@ -301,7 +295,7 @@ def settings_of(method, splits, maps, base, args):
     """All that decides what a lock is. Two locks of the same settings are the same."""
     return {
         "method": method,
-        **{name: getattr(args, name) for name in data.LOCK_METHODS[method]},
+        **{name: getattr(args, name) for name in lockfiles.parameters_of(method)},
         **{name: getattr(args, name) for name in ("eps", "attack_lr", "attack_steps", "batch_size", "manual_seed")},
         "subset": args.subset,
         "dataset": data.one_name(args.dataset),
@@ -335,7 +329,7 @@ def finished(paths, settings, overwrite):
     """
     if overwrite:
         return None
-    manifest = data.read_manifest(paths)
+    manifest = lockfiles.read_manifest(paths)
     if manifest:
         refuse_others(paths.manifest, manifest["settings"], settings)
         return manifest
@@ -343,7 +337,7 @@ def finished(paths, settings, overwrite):
     if begun:
         refuse_others(paths.partial, begun, settings)
     else:
-        for path in paths.outputs():
+        for path in itertools.chain(*paths.groups().values()):
             if path.exists():
                 raise UserError(f"{path} exists; name another folder with --lock-data, or replace it with --overwrite")
     return None
@@ -352,7 +346,7 @@ def finished(paths, settings, overwrite):
 def begun_with(paths):
     """The settings of the shards of an interrupted lock, or None where there are none."""
     shards = [path for split in SPLITS for path in paths.partial.glob(f"{split}_*")]
-    return data.read_json(paths.partial / "settings.json") if shards else None
+    return lockfiles.read_json(paths.partial / "settings.json") if shards else None
 
 
 def begin(paths, settings):
@@ -372,8 +366,7 @@ def finish(paths, settings, splits, batch_size, formats, key):
         for one in made_with:
             if one not in environments:
                 environments.append(one)
-    for path in paths.outputs():  # the manifest first, so that it never stands beside files that it does not describe
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    paths.remove()
     manifest = {
         "settings": settings,
         "report": summaries,
@@ -391,16 +384,16 @@ def finish(paths, settings, splits, batch_size, formats, key):
 def write_outputs(paths, manifest, splits, locked, formats, key):
     """Write a lock in the formats, sealed where there is a key, and then the manifest that lists it; returns that."""
     files = dict(manifest["files"])
-    tree = paths.partial / "tree"
+    shutil.rmtree(paths.staging, ignore_errors=True)  # left by a process that was killed
     for split, original in splits.items():
         if "tensor" in formats:
             for kind, tensor in {"image": locked[split], "label": original.labels}.items():
-                content = data.to_bytes(tensor)
+                content = lockfiles.to_bytes(tensor)
                 write_file(paths.file(split, kind), content)
                 described = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
                 files[paths.name(paths.file(split, kind))] = {"sha256": sha256(content), **described}
         if "png" in formats:
-            content = data.write_tree(tree, split, locked[split], original.names)
+            content = lockfiles.write_tree(paths.staging, split, locked[split], original.names)
             files[paths.name(paths.sums(split))] = {"sha256": sha256(content), "shape": list(locked[split].shape)}
         if key:
             context = f"{paths.suffix} {split} {hash_tensor(locked[split])} {hash_tensor(original.images)}"
@@ -409,36 +402,30 @@ def write_outputs(paths, manifest, splits, locked, formats, key):
             files[paths.name(paths.file(split, "sealed"))] = {"sha256": sha256(content)}
     if "png" in formats:
         shutil.rmtree(paths.tree, ignore_errors=True)
-        tree.rename(paths.tree)
+        paths.staging.rename(paths.tree)
         utils.sync_disks()
     manifest = {**manifest, "files": files, "sealed_with": sealing.fingerprint(key) if key else manifest["sealed_with"]}
     write_file(paths.manifest, json.dumps(manifest, indent=1).encode())
     return manifest
 
 
-def check_finished(paths, manifest, formats, key):
-    """Raise UserError where a file of a finished lock has changed, or where what it lacks cannot be added to it."""
-    for error in filter(None, data.check_files(paths, manifest)):
+def check_finished(paths, manifest, key):
+    """Raise UserError where a file of a finished lock has changed, or where a seal cannot be added to it."""
+    for error in lockfiles.check_files(paths, manifest):
         raise UserError(f"{error}; lock again with --overwrite")
     if key and manifest["sealed_with"] not in (None, sealing.fingerprint(key)):
         raise UserError(f"{paths.manifest}: sealed with another key than that of --key-out; name its own")
-    foreign = paths.tree.exists() and not paths.sums("train").exists()
-    if foreign and "png" in formats:
-        raise UserError(f"{paths.tree} exists, and is not of this lock; name another folder with --lock-data")
 
 
 def add_outputs(paths, manifest, splits, formats, key):
     """Write what of the formats and the seal a finished lock lacks; returns its manifest."""
-    missing = [form for form in formats if form not in data.formats_of(paths, manifest)]
+    missing = [form for form in formats if form not in lockfiles.formats_of(paths, manifest)]
     key = key if manifest["sealed_with"] is None else None
     shutil.rmtree(paths.partial, ignore_errors=True)  # left by a process that was killed
     if not missing and not key:
         return manifest
-    locked = {split: data.load_split(paths, split, manifest).images for split in splits}
-    paths.partial.mkdir()
-    manifest = write_outputs(paths, manifest, splits, locked, missing, key)
-    shutil.rmtree(paths.partial)
-    return manifest
+    locked = {split: lockfiles.load_split(paths, split, manifest).images for split in splits}
+    return write_outputs(paths, manifest, splits, locked, missing, key)
 
 
 def commit():
@@ -465,9 +452,13 @@ def lock_dataset(args):
     classifier = load_classifier(args.resume_path, args.arch, args.dataset, len(classes)).to(device)
     utils.check_size(classifier, to_float(splits["train"].images[:1]).to(device), f"--arch {args.arch}")
     maps, base = target_maps(len(classes), args.manual_seed), sha256(Path(args.resume_path).read_bytes())
-    places = {method: Paths(args.lock_data, lock_suffix(method, args.alpha, args.lambd)) for method in args.lock_method}
+    suffixes = {method: lockfiles.lock_suffix(method, args.alpha, args.lambd) for method in args.lock_method}
+    places = {method: Paths(args.lock_data, suffix) for method, suffix in suffixes.items()}
     settings = {method: settings_of(method, splits, maps, base, args) for method in args.lock_method}
     with utils.exclusive(args.lock_data):
+        for paths in places.values():
+            if "png" in formats and paths.tree.exists() and not paths.has_tree():
+                raise UserError(f"{paths.tree} exists, and is not of a lock; name another folder with --lock-data")
         manifests = {method: finished(paths, settings[method], args.overwrite) for method, paths in places.items()}
         key = sealing.make_key(args.key_out) if args.key_out else None
         todo = {method: paths for method, paths in places.items() if not manifests[method]}
@@ -475,7 +466,7 @@ def lock_dataset(args):
             if method in todo:
                 begin(paths, settings[method])
             else:
-                check_finished(paths, manifests[method], formats, key)
+                check_finished(paths, manifests[method], key)
         if todo:
             print(f"Locking {args.dataset} by {', '.join(todo)} with {args.arch}, on {device} ({reason})")
         for name in attacks_of(todo):
@@ -520,13 +511,13 @@ def describe(paths, manifest):
 
 def verify(folder):
     """Check every lock in a folder against its manifest; raises UserError where a file is absent or has changed."""
-    places = data.locks_in(folder)
+    places = lockfiles.locks_in(folder)
     if not places:
         raise UserError(f"--verify {folder}: holds no lock_*.json, so there is nothing to check it against")
     wrong = 0
     for paths in places:
-        manifest = data.read_manifest(paths)
-        errors = [error for error in data.check_files(paths, manifest) if error]
+        manifest = lockfiles.read_manifest(paths)
+        errors = list(lockfiles.check_files(paths, manifest))
         wrong += len(errors)
         print(describe(paths, manifest) if not errors else "\n".join(map(str, errors)))
     unfinished = [path for path in Path(folder).glob(".lock_*")]
@@ -540,7 +531,7 @@ def verify(folder):
 def unlock(args):
     """Write the original images of a sealed lock, bit for bit, to --orig-data."""
     key = sealing.read_key(args.key)
-    sealed = {paths: data.read_manifest(paths) for paths in data.locks_in(args.lock_data)}
+    sealed = {paths: lockfiles.read_manifest(paths) for paths in lockfiles.locks_in(args.lock_data)}
     sealed = {paths: manifest for paths, manifest in sealed.items() if manifest.get("sealed_with")}
     if not sealed:
         raise UserError(f"--lock-data {args.lock_data}: holds no sealed lock; lock with --key-out")
@@ -552,21 +543,23 @@ def unlock(args):
         raise UserError(f"--orig-data {out}: holds files already; name a folder that is empty or not there yet")
     originals = {}
     for split, hashes in manifest["settings"]["original_sha256"].items():
-        locked = data.load_split(paths, split, manifest)
-        content = data.read_checked(paths, manifest, paths.file(split, "sealed"))
+        locked = lockfiles.load_split(paths, split, manifest)
+        content = lockfiles.read_checked(paths, manifest, paths.file(split, "sealed"))
         context = f"{paths.suffix} {split} {hash_tensor(locked.images)} {hashes['images']}"
         images = sealing.unseal(content, locked.images, key, context)
         if hash_tensor(images) != hashes["images"] or hash_tensor(locked.labels) != hashes["labels"]:
             raise UserError(f"{paths.manifest}: what was unlocked is not what was locked; get the files again")
+        if "png" in lockfiles.formats_of(paths, manifest):
+            locked = locked._replace(names=list(lockfiles.read_sums(paths, split, manifest)))
         originals[split] = locked._replace(images=images)
-    formats = args.format or data.formats_of(paths, manifest)
+    formats = args.format or lockfiles.formats_of(paths, manifest)
     with utils.exclusive(out):
         for split, original in originals.items():
             if "png" in formats:
-                data.write_tree(out, split, original.images, original.names)
+                lockfiles.write_tree(out, split, original.images, original.names)
             if "tensor" in formats:
                 for kind, tensor in {"image": original.images, "label": original.labels}.items():
-                    write_file(Paths(out, "original").file(split, kind), data.to_bytes(tensor))
+                    write_file(Paths(out, "original").file(split, kind), lockfiles.to_bytes(tensor))
             print(f"{split}: {len(original.images)} original images in {out}, their SHA-256 as in {paths.manifest}")
 
 

@@ -27,19 +27,8 @@ from tqdm import tqdm
 
 import utils
 from config import CONFIG, CONFIG_HELP, load_config
-from data import (
-    DATASETS,
-    LOCK_METHODS,
-    SPLITS,
-    Paths,
-    hash_tensor,
-    load_locked,
-    lock_suffix,
-    one_name,
-    parse_suffix,
-    split_path,
-    to_float,
-)
+from data import DATASETS, SPLITS, one_name, to_float
+from lockfiles import METHODS, Paths, hash_tensor, load_locked, load_whole, lock_suffix, parse_suffix, split_path
 from models import MODELS
 from utils import UserError, flatten, number, write_file
 
@@ -268,7 +257,7 @@ def read_checkpoint(checkpoint, log):
         if not path.exists():
             continue
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_whole(path)
             log(f"resumed after epoch {state['epoch']}, from {path}")
             return state
         except Exception as error:  # a damaged file fails in many ways; all mean the same here
@@ -305,7 +294,7 @@ def parse_arguments():
     parser.add_argument("--work-path", required=True, help="folder of an experiment, with its config.yaml")
     parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="start again where the run's folder holds one already")
-    parser.add_argument("--lock-method", choices=LOCK_METHODS, help="use the files of this method")
+    parser.add_argument("--lock-method", choices=METHODS, help="use the files of this method")
     parser.add_argument("--lock-data", help="use the files in this folder")
     for name in ("alpha", "lambd"):
         parser.add_argument(f"--{name}", type=number(float, 0, 1), help=f"lock.py's --{name} (default: 0.5)")

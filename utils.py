@@ -71,6 +71,15 @@ def did_you_mean(word, known):
 # Files
 
 
+@contextmanager
+def naming(path):
+    """Let every OSError inside name the file: that of a full disk does not by itself."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def write_file(path, content, mode=0o666):
     """Put bytes in a file's place: the file is the old one or the new one, whole, whenever the power fails.
 
@@ -78,17 +87,18 @@ def write_file(path, content, mode=0o666):
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)  # a killed process leaves it behind
-        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    with naming(path):
+        try:
+            temporary.unlink(missing_ok=True)  # a killed process leaves it behind
+            with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def sync_folder(path):

@@ -28,10 +28,11 @@ class Recorder(nn.Module):
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("eps, step_size, steps", [(0.5, 0.1, 30), (2.0, 0.4, 10), (0.5, 0.1, 1)])
 def test_equals_robustness(seed, eps, step_size, steps):
+    """In float64: in float32 rounding can send an image past a kink, and the two ways part by up to 1e-4."""
     torch.manual_seed(seed)
-    reference = AttackerModel(DummyModel(small_classifier()), ROBUSTNESS_DATASETS["cifar"](".")).eval()
+    reference = AttackerModel(DummyModel(small_classifier()), ROBUSTNESS_DATASETS["cifar"](".")).eval().double()
     classifier = nn.Sequential(reference.normalizer, reference.model)
-    images, targets = saturated_images(11), torch.randint(10, (11,))
+    images, targets = saturated_images(11).double(), torch.randint(10, (11,))
     with cuda_optional():
         _, expected = reference(
             images, targets, make_adv=True, constraint="2", targeted=True,
@@ -39,7 +40,7 @@ def test_equals_robustness(seed, eps, step_size, steps):
         )  # fmt: skip
     attacked = lock.attack(classifier, images, targets, eps, step_size, steps)
     assert not torch.equal(attacked, images)
-    torch.testing.assert_close(attacked, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(attacked, expected, atol=1e-9, rtol=0)
 
 
 def test_every_iterate_is_in_the_ball_and_in_range():
@@ -84,7 +85,7 @@ def test_an_image_that_no_step_improves_is_kept():
 
 
 def test_an_image_is_attacked_alike_in_any_batch():
-    classifier, images, targets = small_classifier(), saturated_images(7), torch.randint(10, (7,))
+    classifier, images, targets = small_classifier().double(), saturated_images(7).double(), torch.randint(10, (7,))
     together = lock.attack(classifier, images, targets, 0.5, 0.1, 10)
     alone = torch.cat([lock.attack(classifier, images[i : i + 1], targets[i : i + 1], 0.5, 0.1, 10) for i in range(7)])
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(together, alone, atol=1e-9, rtol=0)

@@ -8,7 +8,8 @@ import torch
 
 import lock
 import train
-from data import Paths, load_locked, to_uint8
+from data import to_uint8
+from lockfiles import Paths, load_locked
 from tests.conftest import Malicious
 from utils import UserError, write_file
 
@@ -83,6 +84,23 @@ def test_damaged_file(pair):
     paths[0].write_bytes(paths[0].read_bytes()[:300])
     with pytest.raises(UserError, match="train_image_50_mixup: not a list of tensors, or damaged"):
         load_locked(*paths)
+
+
+def test_one_flipped_bit_in_a_shard_or_a_checkpoint_is_noticed(tmp_path):
+    """torch.load alone would read on."""
+    paths = Paths(tmp_path, "basic")
+    paths.partial.mkdir()
+    shard, checkpoint = lock.shard_path(paths, "train", 0), tmp_path / "ckpt.pth.tar"
+    for path in (shard, checkpoint):
+        torch.save({"locked": IMAGES, "epoch": 1, "measured": {}, "made_with": {}}, path)
+        content = bytearray(path.read_bytes())
+        content[content.index(IMAGES.numpy().tobytes()) + 7] ^= 1
+        path.write_bytes(content)
+        assert not torch.equal(torch.load(path)["locked"], IMAGES)
+    with pytest.raises(UserError, match="train_00000000: damaged .*; delete it, and run the same command again"):
+        lock.read_shards(paths, "train", [0])
+    with pytest.raises(UserError, match="ckpt.pth.tar: damaged"):
+        train.read_checkpoint(checkpoint, log=print)
 
 
 def test_nothing_in_a_shard_or_a_checkpoint_runs(tmp_path):

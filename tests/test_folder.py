@@ -9,6 +9,7 @@ from PIL import Image
 
 import data
 import lock
+import lockfiles
 import train
 from models import base
 from utils import UserError
@@ -88,7 +89,7 @@ def digits(tmp_path_factory):
     for split in data.SPLITS:
         part = data.load_digits(None, split)
         chosen = ((part.labels >= 3) & (part.labels <= 6)).nonzero().flatten().tolist()
-        data.write_tree(
+        lockfiles.write_tree(
             root / "photos", split, part.images[chosen, :, 4:24, 4:28], [part.names[index] for index in chosen]
         )
     with pytest.MonkeyPatch.context() as patch:

@@ -9,12 +9,9 @@ from torch import nn
 
 import data
 import lock
+import lockfiles
 from data import to_float, to_uint8
 from tests.conftest import small_classifier
-
-
-def test_the_methods_are_those_that_file_names_know():
-    assert lock.METHODS.keys() == data.LOCK_METHODS.keys()
 
 
 def test_target_maps():
@@ -76,14 +73,14 @@ def test_combine_equals_slicing_by_hand():
     ],
 )
 def test_suffix(method, alpha, lambd, suffix):
-    assert data.lock_suffix(method, alpha, lambd) == suffix
-    found, parameters = data.parse_suffix(suffix)
+    assert lockfiles.lock_suffix(method, alpha, lambd) == suffix
+    found, parameters = lockfiles.parse_suffix(suffix)
     assert found == method
     assert parameters == {name: value for name, value in {"alpha": alpha, "lambd": lambd}.items() if name in parameters}
 
 
 def test_suffixes_of_different_locks_differ():
-    assert data.lock_suffix("mixup", lambd=0.333333333) != data.lock_suffix("mixup", lambd=0.3333334)
+    assert lockfiles.lock_suffix("mixup", lambd=0.333333333) != lockfiles.lock_suffix("mixup", lambd=0.3333334)
 
 
 class Fixed(nn.Module):
@@ -96,7 +93,7 @@ class Fixed(nn.Module):
 def lock_by(method, folder, classifier, images, labels, split, **flags):
     """Lock a split in batches, by way of shards; returns the locked images, and what was measured."""
     flags = {"eps": 0.5, "attack_lr": 0.1, "alpha": 0.5, "lambd": 0.5, **flags}
-    paths = data.Paths(folder, method)
+    paths = lockfiles.Paths(folder, method)
     paths.partial.mkdir()
     args, maps = argparse.Namespace(**flags), lock.target_maps(10, seed=0)
     lock.lock_split(classifier, images, labels, maps, split, {method: paths}, args, torch.device("cpu"))

@@ -8,6 +8,7 @@ import torch
 
 import data
 import lock
+import lockfiles
 import train
 from tests.conftest import lock_flags
 
@@ -34,19 +35,19 @@ def test_the_manifest_tells_what_a_lock_is(place):
     ]  # fmt: skip
     assert (settings["dataset"], settings["subset"], settings["arch"]) == ("digits", 96, "preresnet8")
     assert settings["manual_seed"] == 23 and "lambd" not in settings
-    assert settings["base_sha256"] == data.sha256((place / "base" / "checkpoint.pt.best").read_bytes())
+    assert settings["base_sha256"] == lockfiles.sha256((place / "base" / "checkpoint.pt.best").read_bytes())
     assert settings["target_maps"] == {name: list(lock.TARGET_MAPS[name]) for name in ("T1", "T2")}
     for split in data.SPLITS:
         original = data.load_digits(None, split).first(96)
         assert settings["original_sha256"][split] == {
-            "images": data.hash_tensor(original.images), "labels": data.hash_tensor(original.labels)
+            "images": lockfiles.hash_tensor(original.images), "labels": lockfiles.hash_tensor(original.labels)
         }  # fmt: skip
         assert manifest["report"][split]["images"] == 96
         assert manifest["report"][split]["attacks"].keys() == {"T1", "T2"}
     names = [f"{split}_{kind}_50_horiz" for split in data.SPLITS for kind in ("image", "label")]
     assert list(manifest["files"]) == names
     for name in names:
-        assert manifest["files"][name]["sha256"] == data.sha256((place / name).read_bytes())
+        assert manifest["files"][name]["sha256"] == lockfiles.sha256((place / name).read_bytes())
     assert manifest["files"][names[0]]["shape"] == [96, 3, 32, 32]
     assert manifest["made_with"][0]["torch"] == torch.__version__ and len(manifest["made_with"]) == 1
     assert {"commit", "date", "sealed_with"} < manifest.keys()
@@ -55,7 +56,7 @@ def test_the_manifest_tells_what_a_lock_is(place):
 def test_a_tensors_hash_tells_order_values_shape_and_type_apart():
     images = torch.arange(24, dtype=torch.uint8).view(2, 3, 2, 2)
     others = [images.flip(0), images + 1, images.view(2, 3, 4, 1), images.to(torch.int64)]
-    assert len({data.hash_tensor(one) for one in [images, images.clone(), *others]}) == 5
+    assert len({lockfiles.hash_tensor(one) for one in [images, images.clone(), *others]}) == 5
 
 
 def test_the_result_of_a_training_holds_the_manifest(place, command):
@@ -82,7 +83,7 @@ def test_files_that_do_not_belong_together(place, locked, user_error, monkeypatc
         return user_error(train.main, "--work-path", place / "preresnet8", "--seed", 32, *flags)
 
     line = without_folder(train_image="train_image_basic", train_label="test_label_basic")
-    assert "test_label_basic: changed, or not the labels that were locked with" in line
+    assert "test_label_basic: not the labels that were locked with" in line
     line = without_folder(test_image="test_image_50_horiz", test_label="test_label_50_horiz")
     assert "test_image_50_horiz: another lock than that of" in line
     line = without_folder(test_image="train_image_basic", test_label="train_label_basic")
@@ -118,10 +119,11 @@ def test_verify_looks_at_no_file_outside_the_lock(locked, user_error, capsys):
     manifest = manifest_of(locked)
     secret = locked.parent / "secret"
     secret.write_text("secret")
-    manifest["files"] = {"../secret": {"sha256": data.sha256(b"secret")}}
+    manifest["files"] = {"../secret": {"sha256": lockfiles.sha256(b"secret")}}
     (locked / "lock_basic.json").write_text(json.dumps(manifest))
     (locked / "lock_50_horiz.json").unlink()
-    assert "1 of the files above" in user_error(lock.main, "--verify", locked)
+    line = user_error(lock.main, "--verify", locked)
+    assert "lock_basic.json: not a manifest of lock.py: files is not as it should be" in line
 
 
 def interrupt(monkeypatch, at):
@@ -198,15 +200,15 @@ def test_png_files_hold_what_the_tensors_hold(place, locked, command, monkeypatc
     """Added to a finished lock without an attack; changed ones are found out; alone, they are trained on."""
     forbid_attacks(monkeypatch)
     command(lock.main, *lock_flags(place, locked), "--format", "png", "tensor")
-    paths = data.Paths(locked, "basic")
-    manifest = data.read_manifest(paths)
+    paths = lockfiles.Paths(locked, "basic")
+    manifest = lockfiles.read_manifest(paths)
     for split in data.SPLITS:
-        tree = data.load_split(paths, split, {**manifest, "files": sums_alone(manifest)})
+        tree = lockfiles.load_split(paths, split, {**manifest, "files": sums_alone(manifest)})
         assert torch.equal(tree.images, torch.cat(torch.load(paths.file(split, "image"))))
         assert torch.equal(tree.labels, torch.cat(torch.load(paths.file(split, "label"))))
         assert tree.names == data.load_digits(None, split).first(96).names
     as_folder = data.load_folder(paths.tree, "test")  # in the order of its classes
-    assert sorted(map(data.hash_tensor, as_folder.images)) == sorted(map(data.hash_tensor, tree.images))
+    assert sorted(map(lockfiles.hash_tensor, as_folder.images)) == sorted(map(lockfiles.hash_tensor, tree.images))
     changed = next((paths.tree / "test" / "3").iterdir())
     content = changed.read_bytes()
     changed.write_bytes(content[:-1])

@@ -1,0 +1,371 @@
+"""The files of a lock: their names, the manifest that lists them, and how they are written, read and checked."""
+
+import hashlib
+import io
+import json
+import shutil
+import zipfile
+from numbers import Real
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from data import SPLITS, Split, check_names, numbered, read_image, to_uint8
+from utils import UserError, first_line, naming, write_file
+
+# Methods, and the names of files
+
+# The sides of a locked image, from left to right; each side is one attack, or a blend of two.
+METHODS = {
+    "basic": (("T1",),),
+    "mixup": (("T1", "T2"),),
+    "horiz": (("T1",), ("T2",)),
+    "mixandcat": (("T1", "T2"), ("T3", "T4")),
+}
+
+
+def parameters_of(method):
+    """The parameters that a method reads, in the order in which a file's name gives them."""
+    sides = METHODS[method]
+    return ["alpha"] * (len(sides) == 2) + ["lambd"] * (len(sides[0]) == 2)
+
+
+def lock_suffix(method, alpha=0.5, lambd=0.5):
+    """The end of a locked file's name: the original's basic, 50_mixup, 50_horiz and mixandcat.
+
+    The original's mixandcat carries neither parameter; here it does where one differs from 0.5,
+    as 30_50_mixandcat for alpha 0.3, so that two such locks never share a name.
+    """
+    values = {"alpha": alpha, "lambd": lambd}
+    percents = [f"{100 * values[name]:.12g}" for name in parameters_of(method)]  # int(100 * 0.29) would be 28
+    if method == "mixandcat" and percents == ["50", "50"]:
+        percents = []
+    return "_".join([*percents, method])
+
+
+def parse_suffix(suffix):
+    """The method and its parameters, by name, from the end of a file's name; of a strange name, all of it and none."""
+    *percents, method = suffix.split("_")
+    try:
+        return method, {name: float(part) / 100 for name, part in zip(parameters_of(method), percents)}
+    except (KeyError, ValueError):
+        return suffix, {}
+
+
+class Paths:
+    """Where the files of one lock are: below folder, and named by the lock's suffix."""
+
+    def __init__(self, folder, suffix):
+        self.folder, self.suffix = Path(folder), suffix
+        self.manifest = self.folder / f"lock_{suffix}.json"
+        self.tree = self.folder / suffix  # of PNG files: <split>/<class>/<name>.png, and <split>.sha256
+        self.partial = self.folder / f".lock_{suffix}"  # what is finished of an interrupted lock
+        self.staging = self.folder / f".new_{suffix}"  # a tree that is being written
+
+    def file(self, split, kind):
+        """A file of a split. kind is image or label: tensors; or sealed: what turns locked images into originals."""
+        return self.folder / f"{split}_{kind}_{self.suffix}"
+
+    def sums(self, split):
+        """The file that lists a split's PNG files and their hashes."""
+        return self.tree / f"{split}.sha256"
+
+    def groups(self):
+        """The files that a lock may consist of, by format; each format has all of its files or none."""
+        return {
+            "tensor": [self.file(split, kind) for split in SPLITS for kind in ("image", "label")],
+            "png": [self.sums(split) for split in SPLITS],
+            "sealed": [self.file(split, "sealed") for split in SPLITS],
+        }
+
+    def remove(self):
+        """Delete the files of a lock, the manifest first: it never stands beside files that it does not list."""
+        with_tree = self.has_tree()
+        for path in [self.manifest, *self.groups()["tensor"], *self.groups()["sealed"]]:
+            path.unlink(missing_ok=True)
+        if with_tree:
+            shutil.rmtree(self.tree)
+
+    def has_tree(self):
+        """Whether the tree is one that was written here, and not a folder of the user's that has its name."""
+        return self.sums("train").is_file() and not self.tree.is_symlink()
+
+    def name(self, path):
+        """The path of one of its files, as it stands in the manifest."""
+        return path.relative_to(self.folder).as_posix()
+
+
+def split_path(path):
+    """The Paths that a locked file belongs to, and its split, as its name tells."""
+    split, _, rest = path.name.partition("_")
+    return Paths(path.parent, rest.partition("_")[2]), split
+
+
+def locks_in(folder):
+    """The Paths of every lock in a folder that has a manifest."""
+    files = sorted(path for path in Path(folder).glob("lock_*.json") if path.is_file())
+    return [Paths(folder, path.stem.removeprefix("lock_")) for path in files]
+
+
+# Hashes and manifests
+
+
+def sha256(content):
+    """SHA-256 of bytes, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def hash_tensor(tensor):
+    """SHA-256 of a tensor's dtype, shape and values, in hexadecimal."""
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+    digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
+
+
+# What a manifest must hold to be used: a type, or a function that says whether a value will do.
+PER_SPLIT = {"images": str, "labels": str}
+REPORT = {
+    **dict.fromkeys(("images", "unchanged"), int),
+    **dict.fromkeys(("base_accuracy", "to_target", "to_true", "l2_mean", "l2_max", "ssim"), Real),
+    "attacks": lambda value: isinstance(value, dict) and all(isinstance(share, Real) for share in value.values()),
+    "psnr": (Real, type(None)),
+}
+MANIFEST = {
+    "settings": {
+        "dataset": str,
+        "classes": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+        "subset": lambda value: value is None or (isinstance(value, int) and value > 0),
+        "original_sha256": {split: PER_SPLIT for split in SPLITS},
+    },
+    "report": {split: REPORT for split in SPLITS},
+    "files": lambda value: all(isinstance(entry["sha256"], str) for entry in value.values()),
+    "sealed_with": (str, type(None)),
+}
+
+
+def find_misfit(value, schema, where="it"):
+    """Where a value does not fit MANIFEST or a part of it, as text; or None where it does."""
+    if isinstance(schema, dict):
+        if not isinstance(value, dict):
+            return where
+        misfits = (find_misfit(value.get(key), part, key) for key, part in schema.items())
+        return next((misfit for misfit in misfits if misfit), None)
+    fits = isinstance(value, schema) if isinstance(schema, (type, tuple)) else schema(value)
+    return None if fits else where
+
+
+def read_json(path):
+    """What a JSON file holds; raises UserError where it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON, or damaged ({first_line(error)}); lock again with --overwrite") from error
+
+
+def read_manifest(paths):
+    """The manifest of a lock as a dict, or None where there is none; raises UserError where it is not one."""
+    if not paths.manifest.is_file():
+        return None
+    manifest = read_json(paths.manifest)
+    try:
+        misfit = find_misfit(manifest, MANIFEST)
+        listed = misfit or set(manifest["files"])
+    except (KeyError, TypeError, AttributeError):
+        misfit = "files"
+    if not misfit:
+        groups = [{paths.name(path) for path in group} for group in paths.groups().values()]
+        whole = [group for group in groups if group <= listed]
+        if listed != set().union(*whole) or not (groups[0] <= listed or groups[1] <= listed):
+            misfit = "files"
+    if misfit:
+        raise UserError(f"{paths.manifest}: not a manifest of lock.py: {misfit} is not as it should be; lock again")
+    return manifest
+
+
+def formats_of(paths, manifest):
+    """The formats that a lock was written in, of "tensor" and "png"."""
+    groups = paths.groups()
+    return [form for form in ("tensor", "png") if paths.name(groups[form][0]) in manifest["files"]]
+
+
+def check_files(paths, manifest):
+    """Yield a UserError for each file of a lock that is absent, is not as it was locked, or does not belong there."""
+    for path in (paths.folder / name for name in manifest["files"]):
+        try:
+            read_checked(paths, manifest, path)
+        except UserError as error:
+            yield error
+            continue
+        if path.suffix == ".sha256":
+            yield from check_tree(paths, path.stem, manifest)
+
+
+def check_tree(paths, split, manifest):
+    """check_files, for the PNG files of one split."""
+    try:
+        sums = read_sums(paths, split, manifest)
+    except UserError as error:
+        yield error
+        return
+    for name, expected in sums.items():
+        try:
+            read_leaf(paths, split, name, expected)
+        except UserError as error:
+            yield error
+    for path in sorted((paths.tree / split).rglob("*")):
+        if not path.is_dir() and path.relative_to(paths.tree / split).as_posix() not in sums:
+            yield UserError(f"{path}: no file of this lock; take it away")
+
+
+# Writing
+
+
+def to_bytes(tensor):
+    """What a locked file holds: torch.save of a list of one tensor, as the original's lists of batches."""
+    file = io.BytesIO()
+    torch.save([tensor.clone()], file)  # cloned, since a slice would be saved with all that it is a slice of
+    return file.getvalue()
+
+
+def write_tree(root, split, images, names):
+    """Write images uint8 [N, 3, H, W] as PNG files root/<split>/<name>, and their hashes, in their order, into
+    root/<split>.sha256 as the tool sha256sum has them; returns the bytes of that file."""
+    lines = []
+    for image, name in zip(images.permute(0, 2, 3, 1).numpy(), names):
+        path = Path(root, split, name)
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "png")
+        with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(file.getvalue())
+        lines.append(f"{sha256(file.getvalue())}  {split}/{name}\n")
+    sums = "".join(lines).encode()
+    write_file(Path(root, f"{split}.sha256"), sums)
+    return sums
+
+
+# Reading
+
+
+def load_whole(path):
+    """What torch.save wrote, of tensors and plain values only, on the CPU; raises where the file is damaged.
+
+    torch.load alone notices hardly any flipped bit: the checksums of the archive are compared here.
+    """
+    with zipfile.ZipFile(path) as file:
+        damaged = file.testzip()
+    if damaged:
+        raise ValueError(f"the checksum of {damaged} is wrong")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def from_bytes(content, path):
+    """One tensor, from the bytes of a file that holds a list of tensors; never unpickles anything but tensors."""
+    try:
+        tensor = torch.cat(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+        tensor.numpy()  # what is no ordinary tensor fails here
+        return tensor
+    except Exception as error:  # torch.load raises several kinds for a damaged file; all mean the same here
+        raise UserError(f"{path}: not a list of tensors, or damaged ({first_line(error)}); lock again") from error
+
+
+def check_tensors(images, labels, image_path, label_path):
+    """images as uint8 and labels as int64; raises UserError where they are no images, no labels, or no pair."""
+    if images.is_floating_point():
+        rounding = 0.5 / 255
+        if not ((images > -rounding) & (images < 1 + rounding)).all():
+            raise UserError(f"{image_path}: images of floats must lie in [0, 1]; lock again")
+        images = to_uint8(images)
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3 or len(images) == 0:
+        raise UserError(f"{image_path}: expected images [N, 3, H, W], found {images.dtype} {list(images.shape)}")
+    if labels.dtype not in (torch.int64, torch.int32, torch.uint8) or labels.dim() != 1:
+        raise UserError(f"{label_path}: expected labels [N], found {labels.dtype} {list(labels.shape)}")
+    if len(images) != len(labels):
+        raise UserError(f"{image_path} holds {len(images)} images, but {label_path} {len(labels)} labels: lock again")
+    return images, labels.long()
+
+
+def read_checked(paths, manifest, path):
+    """The bytes of a file that the manifest lists; raises UserError where they are not those it was written with."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file, but {paths.manifest} lists it")
+    content = path.read_bytes()
+    if sha256(content) != manifest["files"][paths.name(path)]["sha256"]:
+        raise UserError(f"{path}: changed or damaged since it was locked: its SHA-256 is not the manifest's")
+    return content
+
+
+def read_sums(paths, split, manifest):
+    """The names of a split's PNG files, in the order of its images, and their SHA-256: a dict."""
+    path = paths.sums(split)
+    text = read_checked(paths, manifest, path).decode("utf-8", "replace")
+    lines = [line.partition("  ") for line in text.split("\n")[:-1]]
+    names = [name.removeprefix(f"{split}/") for _, _, name in lines]
+    check_names(names, manifest["settings"]["classes"], path)
+    if len(names) != manifest["report"][split]["images"]:
+        raise UserError(f"{path}: lists {len(names)} images, but {paths.manifest} says otherwise")
+    return dict(zip(names, (expected for expected, _, _ in lines)))
+
+
+def read_leaf(paths, split, name, expected):
+    """The bytes of a PNG file of a lock; raises UserError where their SHA-256 is not the one expected."""
+    path = paths.tree / split / name
+    content = path.read_bytes() if path.is_file() else None
+    if content is None or sha256(content) != expected:
+        raise UserError(f"{path}: absent, or changed or damaged since it was locked")
+    return content
+
+
+def load_split(paths, split, manifest):
+    """A locked Split, its files checked against the manifest; from files of tensors, or else from PNG files."""
+    classes = manifest["settings"]["classes"]
+    if "tensor" in formats_of(paths, manifest):
+        files = [paths.file(split, kind) for kind in ("image", "label")]
+        tensors = [from_bytes(read_checked(paths, manifest, path), path) for path in files]
+        images, labels = check_tensors(*tensors, *files)
+        if labels.min() < 0 or labels.max() >= len(classes):
+            raise UserError(f"{files[1]}: holds labels that are no class of {paths.manifest}")
+        return Split(images, labels, classes, numbered(labels, classes))
+    sums = read_sums(paths, split, manifest)
+    images = [read_image(io.BytesIO(read_leaf(paths, split, name, expected))) for name, expected in sums.items()]
+    if len({image.shape for image in images}) > 1:
+        raise UserError(f"{paths.tree / split}: the images differ in size; lock again")
+    labels = torch.tensor([classes.index(name.partition("/")[0]) for name in sums])
+    return Split(torch.stack(images), labels, classes, list(sums))
+
+
+def load_locked(image_path, label_path, lock_flags=""):
+    """Locked images uint8 [N, 3, H, W], labels int64 [N], and their manifest, from a pair of files.
+
+    Where a manifest stands beside the images, both files must be those that it names, and where it names PNG files
+    only, these are read. Without one, reads the same files, and the original's lists of float32 batches in [0, 1],
+    which are rounded to the nearest 8-bit value; the manifest is then None. Raises UserError naming the file
+    where one is absent, damaged or does not fit. lock_flags, such as " --dataset digits", go into the command
+    that the error for an absent file names.
+    """
+    image_path, label_path = Path(image_path), Path(label_path)
+    paths, split = split_path(image_path)
+    manifest = read_manifest(paths)
+    if manifest is None and paths.partial.exists():
+        raise UserError(f"{image_path}: this lock is not finished; the command that began it finishes it")
+    for path in (image_path, label_path) if manifest is None or "tensor" in formats_of(paths, manifest) else ():
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; make it with {lock_command(path)}{lock_flags}")
+    if manifest is None:
+        tensors = [from_bytes(path.read_bytes(), path) for path in (image_path, label_path)]
+        return *check_tensors(*tensors, image_path, label_path), None
+    if split not in SPLITS or image_path != paths.file(split, "image"):
+        raise UserError(f"{image_path}: not the name of a file of images that {paths.manifest} could list")
+    own = paths.file(split, "label")
+    if label_path != own and sha256(label_path.read_bytes()) != manifest["files"][paths.name(own)]["sha256"]:
+        raise UserError(f"{label_path}: not the labels that were locked with {image_path}")
+    locked = load_split(paths, split, manifest)
+    return locked.images, locked.labels, manifest
+
+
+def lock_command(path):
+    """The lock.py command that makes a locked file, as its name tells."""
+    method, parameters = parse_suffix(split_path(path)[0].suffix or "basic")
+    flags = "".join(f" --{name} {value:g}" for name, value in parameters.items() if value != 0.5)
+    return f"python lock.py --lock-data {path.parent} --lock-method {method}{flags}"
