@@ -12,32 +12,25 @@ goes on where it was when it is given again. Method and constants: arXiv:2002.03
     python lock.py --unlock --key KEYFILE --lock-data ./data --orig-data ./unlocked
 """
 
-import io
-import itertools
-import json
-import platform
-import shutil
-import subprocess
 import time
-from datetime import datetime, timezone
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm import tqdm
 
-import data
 import lockfiles
 import sealing
+import shards
 import utils
 from data import DATASETS, SPLITS, to_float, to_uint8
-from lockfiles import METHODS, Paths, hash_tensor, sha256
-from models.base import load_classifier
-from utils import UserError, number, write_file
+from lockfiles import METHODS, Paths, attacks_of, hash_tensor, sha256
+from models.base import Surrogate, load_classifier
+from ranks import Ranks
+from utils import PRECISIONS, UserError, number, write_file
 
 # True class -> target class, in CIFAR-10's order. T2 keeps class 9 and T4 class 7, as the original does.
 TARGET_MAPS = {
@@ -79,24 +72,35 @@ def project(images, centers, eps):
     return (centers + delta).clamp(0, 1)
 
 
+def gradient_of(losses, logits, x):
+    """The gradient of every image's own loss [N, C, H, W]; losses [N] come from logits [N, classes], and those from x.
+
+    The gradient of a loss of 1e-5 is nothing in float16: through the network goes one of length 1, for each image.
+    """
+    (slopes,) = torch.autograd.grad(losses.sum(), logits, retain_graph=True)
+    lengths = slopes.norm(dim=1, keepdim=True).clamp(min=torch.finfo(slopes.dtype).tiny)
+    (gradient,) = torch.autograd.grad(logits, x, slopes / lengths)
+    return gradient * lengths[:, :, None, None]
+
+
 def attack(classifier, images, targets, eps, step_size, steps, on_step=lambda: None):
     """Targeted PGD in an L2 ball, without random start; equals robustness' AttackerModel (use_best=True).
 
-    images [N, C, H, W] in [0, 1], targets [N]; eps and step_size in units of those pixels. Returns, image by
-    image, the iterate of least cross-entropy to its target, of steps + 1: the image itself and the last included.
-    on_step is called after each evaluation.
+    classifier maps images [N, C, H, W] in [0, 1] to logits [N, classes]; targets [N]; eps and step_size in units of
+    those pixels. Returns, image by image, the iterate of least cross-entropy to its target, of steps + 1: the image
+    itself and the last included. on_step is called after each evaluation.
     """
     x, best = images, images
     best_losses = torch.full((len(images),), torch.inf, device=images.device)
     for step in range(steps + 1):
         x = x.detach().requires_grad_(step < steps)
-        losses = F.cross_entropy(classifier(x), targets, reduction="none")
+        logits = classifier(x)
+        losses = F.cross_entropy(logits, targets, reduction="none")
         better = losses.detach() < best_losses
         best_losses = torch.where(better, losses.detach(), best_losses)
         best = torch.where(better[:, None, None, None], x.detach(), best)
         if step < steps:
-            # summed, not averaged: no image's gradient depends on the size of its batch
-            (gradient,) = torch.autograd.grad(losses.sum(), x)
+            gradient = gradient_of(losses, logits, x)
             norms = gradient.flatten(1).norm(dim=1)[:, None, None, None]
             x = project(x.detach() - step_size * gradient / (norms + 1e-10), images, eps)
         on_step()
@@ -119,11 +123,6 @@ def combine(attacked, method, alpha=0.5, lambd=0.5):
     return torch.cat([sides[0][..., :column], sides[1][..., column:]], dim=-1)
 
 
-def attacks_of(methods):
-    """The names of the target maps that the methods need, each once."""
-    return list(dict.fromkeys(name for method in methods for side in METHODS[method] for name in side))
-
-
 @torch.no_grad()
 def measure(classifier, images, locked, labels, targets):
     """What is known of a batch, as one number or truth value an image, by name.
@@ -141,11 +140,12 @@ def measure(classifier, images, locked, labels, targets):
     }
 
 
-def lock_batch(classifier, images, labels, maps, sources, methods, args, on_step):
+def lock_batch(classifier, surrogate, images, labels, maps, sources, methods, args, on_step):
     """Lock images uint8 [N, 3, H, W] with labels int64 [N] by each of the methods, attacking each target map once.
 
-    sources says what the targets are computed from: "labels", or "predictions" of the base classifier. Returns,
-    by method, a pair of the locked images uint8 and what was measured, one number or truth value an image, by name.
+    The surrogate is what is attacked; the classifier, which it stands for, predicts and measures. sources says what
+    the targets are computed from: "labels", or "predictions". Returns, by method, a pair of the locked images uint8
+    and what was measured, one number an image, by name; all of it on the CPU.
     """
     originals = to_float(images)
     with torch.no_grad():
@@ -155,7 +155,7 @@ def lock_batch(classifier, images, labels, maps, sources, methods, args, on_step
     for name in attacks_of(methods):
         targets[name] = torch.tensor(maps[name], device=images.device)[classes]
         attacked[name] = attack(
-            classifier, originals, targets[name], args.eps, args.attack_lr, args.attack_steps, on_step
+            surrogate, originals, targets[name], args.eps, args.attack_lr, args.attack_steps, on_step
         )
         with torch.no_grad():
             reached[name] = classifier(attacked[name]).argmax(1) == targets[name]
@@ -163,115 +163,53 @@ def lock_batch(classifier, images, labels, maps, sources, methods, args, on_step
     for method in methods:
         names = attacks_of([method])
         locked = to_uint8(combine(attacked, method, args.alpha, args.lambd))
-        results[method] = (
-            locked,
-            {
-                "base": predictions == labels,
-                **{name: reached[name] for name in names},
-                **measure(classifier, images, locked, labels, torch.stack([targets[name] for name in names])),
-            },
-        )
+        measured = {
+            "base": predictions == labels,
+            **{name: reached[name] for name in names},
+            **measure(classifier, images, locked, labels, torch.stack([targets[name] for name in names])),
+        }
+        results[method] = locked.cpu(), {name: values.float().cpu() for name, values in measured.items()}
     return results
 
 
-# Work in shards: what is finished of a batch and a method stays on the disk until the whole lock is
-
-
-def shard_path(paths, split, start):
-    """The file of the batch that begins at the image start."""
-    return paths.partial / f"{split}_{start:08d}"
-
-
-def lock_split(classifier, images, labels, maps, split, places, args, device):
-    """Lock a split, a batch at a time, in its order; writes a shard for each batch and method that has none yet.
+def lock_split(classifier, surrogate, images, labels, maps, split, places, args, device, ranks):
+    """Lock a split, a batch at a time and a rank; writes a shard for each batch and method that has none yet.
 
     places gives the Paths of each method. The target is computed from the true label on the training set, and on
     the test set from what the base classifier predicts, so that an image without a label can be locked too.
     """
     sources = "labels" if split == "train" else "predictions"
-    starts, todo, evaluations = range(0, len(images), args.batch_size), {}, 0
-    for start in starts:
-        methods = [method for method, paths in places.items() if not shard_path(paths, split, start).exists()]
-        if methods:
-            todo[start] = methods
-            evaluations += len(images[start:][: args.batch_size]) * len(attacks_of(methods)) * (args.attack_steps + 1)
+    batches = {start: slice(start, start + args.batch_size) for start in range(0, len(images), args.batch_size)}
+    todo = list(ranks.on_first(shards.missing, places, split, batches).items())
     if not todo:
         return
-    if len(todo) < len(starts):
-        print(f"{split}: going on after {len(starts) - len(todo)} of {len(starts)} batches")
-    count = sum(len(images[start:][: args.batch_size]) for start in todo)
+    if len(todo) < len(batches):
+        ranks.say(f"{split}: going on after {len(batches) - len(todo)} of {len(batches)} batches")
+    sizes = {start: len(labels[batches[start]]) for start, _ in todo}
+    evaluations = (args.attack_steps + 1) * sum(sizes[start] * len(attacks_of(methods)) for start, methods in todo)
     begun = time.time()
     with tqdm(
         desc=split,
         unit="image",
         total=evaluations,
-        unit_scale=count / evaluations,
+        unit_scale=sum(sizes.values()) / evaluations,
         bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}",
+        disable=ranks.rank > 0,
     ) as progress:
-        for start, methods in todo.items():
-            batch = slice(start, start + args.batch_size)
-            inputs, truth = images[batch].to(device), labels[batch].to(device)
-            advance = partial(progress.update, len(inputs))
-            results = lock_batch(classifier, inputs, truth, maps, sources, methods, args, advance)
-            for method, (locked, measured) in results.items():
-                write_shard(shard_path(places[method], split, start), locked, measured, device)
-    seconds = time.time() - begun
-    print(f"{split}: {count} images in {seconds:.0f} s, {count / seconds:.1f} a second")
-
-
-def write_shard(path, locked, measured, device):
-    """Keep what lock_batch returned for one batch and method."""
-    measured = {name: values.float().cpu() for name, values in measured.items()}
-    file = io.BytesIO()
-    torch.save({"locked": locked.cpu(), "measured": measured, "made_with": environment(device)}, file)
-    write_file(path, file.getvalue())
-
-
-def read_shards(paths, split, starts):
-    """Of a whole split the locked images uint8 [N, 3, H, W], the measurements by name [N], and every environment."""
-    shards = []
-    for path in (shard_path(paths, split, start) for start in starts):
-        try:
-            shards.append(lockfiles.load_whole(path))
-        except Exception as error:  # a damaged file fails in many ways; all mean the same here
-            reason = utils.first_line(error)
-            raise UserError(f"{path}: damaged ({reason}); delete it, and run the same command again") from error
-    measured = {name: torch.cat([shard["measured"][name] for shard in shards]) for name in shards[0]["measured"]}
-    return torch.cat([shard["locked"] for shard in shards]), measured, [shard["made_with"] for shard in shards]
-
-
-def environment(device):
-    """What the bytes of a lock depend on beside its settings."""
-    on_gpu = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.backends.cpu.get_cpu_capability()}",
-        "threads": torch.get_num_threads(),
-        "precision": "float32, TF32 convolutions" if on_gpu and torch.backends.cudnn.allow_tf32 else "float32",
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "torchvision": str(torchvision.__version__),
-        "numpy": np.__version__,
-    }
+        for index in range(0, len(todo), ranks.count):
+            together, results = todo[index : index + ranks.count], None  # a batch for each rank
+            if ranks.rank < len(together):
+                start, methods = together[ranks.rank]
+                inputs, truth = images[batches[start]].to(device), labels[batches[start]].to(device)
+                advance = partial(progress.update, sum(sizes[start] for start, _ in together))
+                results = lock_batch(classifier, surrogate, inputs, truth, maps, sources, methods, args, advance)
+            made = ranks.gather((results, shards.environment(device)))
+            ranks.on_first(shards.write_all, places, split, [start for start, _ in together], made)
+    seconds, count = time.time() - begun, sum(sizes.values())
+    ranks.say(f"{split}: {count} images in {seconds:.0f} s, {count / seconds:.1f} a second")
 
 
 # The report
-
-
-def summarize(measured, method):
-    """The measurements of a split, one number or truth value an image, as the numbers that stand in a manifest."""
-    changed = measured["l2"] > 0  # the PSNR of an image that is as it was is infinite
-    return {
-        "images": len(changed),
-        "base_accuracy": measured["base"].mean().item(),
-        "attacks": {name: measured[name].mean().item() for name in attacks_of([method])},
-        "to_target": measured["to_target"].mean().item(),
-        "to_true": measured["to_true"].mean().item(),
-        "l2_mean": measured["l2"].mean().item(),
-        "l2_max": measured["l2"].max().item(),
-        "psnr": measured["psnr"][changed].mean().item() if changed.any() else None,
-        "ssim": measured["ssim"].mean().item(),
-        "unchanged": (~changed).sum().item(),
-    }
 
 
 def report(summary):
@@ -288,200 +226,52 @@ def report(summary):
     ).format(**summary)
 
 
-# Settings, manifest and files of a lock
-
-
-def settings_of(method, splits, maps, base, args):
-    """All that decides what a lock is. Two locks of the same settings are the same."""
-    return {
-        "method": method,
-        **{name: getattr(args, name) for name in lockfiles.parameters_of(method)},
-        **{name: getattr(args, name) for name in ("eps", "attack_lr", "attack_steps", "batch_size", "manual_seed")},
-        "subset": args.subset,
-        "dataset": data.one_name(args.dataset),
-        "classes": splits["train"].classes,
-        "original_sha256": {
-            split: {"images": hash_tensor(images), "labels": hash_tensor(labels)}
-            for split, (images, labels, *_) in splits.items()
-        },
-        "arch": args.arch,
-        "base_sha256": base,
-        "target_maps": {name: maps[name] for name in attacks_of([method])},
-    }
-
-
-def refuse_others(where, then, now):
-    """Raise UserError where settings differ, naming both."""
-    then, now = utils.flatten(then), utils.flatten(now)
-    for key in {**now, **then}:
-        if then.get(key) != now.get(key):
-            old, new = (str(values.get(key))[:40] for values in (then, now))
-            raise UserError(
-                f"{where} was made with {key} {old}, but now it is {new}; "
-                "name another folder with --lock-data, or replace it with --overwrite"
-            )
-
-
-def finished(paths, settings, overwrite):
-    """The manifest of a finished lock of these settings, or None where there is something to do.
-
-    Raises UserError where files of other settings, or of other origin, would be replaced without overwrite.
-    """
-    if overwrite:
-        return None
-    manifest = lockfiles.read_manifest(paths)
-    if manifest:
-        refuse_others(paths.manifest, manifest["settings"], settings)
-        return manifest
-    begun = begun_with(paths)
-    if begun:
-        refuse_others(paths.partial, begun, settings)
-    else:
-        for path in itertools.chain(*paths.groups().values()):
-            if path.exists():
-                raise UserError(f"{path} exists; name another folder with --lock-data, or replace it with --overwrite")
-    return None
-
-
-def begun_with(paths):
-    """The settings of the shards of an interrupted lock, or None where there are none."""
-    shards = [path for split in SPLITS for path in paths.partial.glob(f"{split}_*")]
-    return lockfiles.read_json(paths.partial / "settings.json") if shards else None
-
-
-def begin(paths, settings):
-    """Make the folder of shards, with those of an interrupted lock of these settings in it."""
-    if begun_with(paths) != settings:
-        shutil.rmtree(paths.partial, ignore_errors=True)
-        paths.partial.mkdir()
-        write_file(paths.partial / "settings.json", json.dumps(settings).encode())
-
-
-def finish(paths, settings, splits, batch_size, formats, key):
-    """Put the shards together, and write the files of a lock and, last of all, its manifest; returns the manifest."""
-    locked, summaries, environments = {}, {}, []
-    for split, (images, *_) in splits.items():
-        locked[split], measured, made_with = read_shards(paths, split, range(0, len(images), batch_size))
-        summaries[split] = summarize(measured, settings["method"])
-        for one in made_with:
-            if one not in environments:
-                environments.append(one)
-    paths.remove()
-    manifest = {
-        "settings": settings,
-        "report": summaries,
-        "files": {},
-        "sealed_with": None,
-        "made_with": environments,
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    manifest = write_outputs(paths, manifest, splits, locked, formats, key)
-    shutil.rmtree(paths.partial)
-    return manifest
-
-
-def write_outputs(paths, manifest, splits, locked, formats, key):
-    """Write a lock in the formats, sealed where there is a key, and then the manifest that lists it; returns that."""
-    files = dict(manifest["files"])
-    shutil.rmtree(paths.staging, ignore_errors=True)  # left by a process that was killed
-    for split, original in splits.items():
-        if "tensor" in formats:
-            for kind, tensor in {"image": locked[split], "label": original.labels}.items():
-                content = lockfiles.to_bytes(tensor)
-                write_file(paths.file(split, kind), content)
-                described = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
-                files[paths.name(paths.file(split, kind))] = {"sha256": sha256(content), **described}
-        if "png" in formats:
-            content = lockfiles.write_tree(paths.staging, split, locked[split], original.names)
-            files[paths.name(paths.sums(split))] = {"sha256": sha256(content), "shape": list(locked[split].shape)}
-        if key:
-            context = f"{paths.suffix} {split} {hash_tensor(locked[split])} {hash_tensor(original.images)}"
-            content = sealing.seal(original.images, locked[split], key, context)
-            write_file(paths.file(split, "sealed"), content)
-            files[paths.name(paths.file(split, "sealed"))] = {"sha256": sha256(content)}
-    if "png" in formats:
-        shutil.rmtree(paths.tree, ignore_errors=True)
-        paths.staging.rename(paths.tree)
-        utils.sync_disks()
-    manifest = {**manifest, "files": files, "sealed_with": sealing.fingerprint(key) if key else manifest["sealed_with"]}
-    write_file(paths.manifest, json.dumps(manifest, indent=1).encode())
-    return manifest
-
-
-def check_finished(paths, manifest, key):
-    """Raise UserError where a file of a finished lock has changed, or where a seal cannot be added to it."""
-    for error in lockfiles.check_files(paths, manifest):
-        raise UserError(f"{error}; lock again with --overwrite")
-    if key and manifest["sealed_with"] not in (None, sealing.fingerprint(key)):
-        raise UserError(f"{paths.manifest}: sealed with another key than that of --key-out; name its own")
-
-
-def add_outputs(paths, manifest, splits, formats, key):
-    """Write what of the formats and the seal a finished lock lacks; returns its manifest."""
-    missing = [form for form in formats if form not in lockfiles.formats_of(paths, manifest)]
-    key = key if manifest["sealed_with"] is None else None
-    shutil.rmtree(paths.partial, ignore_errors=True)  # left by a process that was killed
-    if not missing and not key:
-        return manifest
-    locked = {split: lockfiles.load_split(paths, split, manifest).images for split in splits}
-    return write_outputs(paths, manifest, splits, locked, missing, key)
-
-
-def commit():
-    """The commit of this code, with -dirty where files differ from it, or None where it is not in a git repository."""
-    folder = Path(__file__).parent
-    if not (folder / ".git").exists():
-        return None
-    git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 # The three things that this script does
 
 
 def lock_dataset(args):
     """Lock both splits of a data set by each of the methods, or what is left of that to do."""
+    ranks = Ranks()
     splits = {split: DATASETS[args.dataset].load(args.orig_data, split).first(args.subset) for split in SPLITS}
     check_splits(splits, args.orig_data)
-    classes, formats = splits["train"].classes, args.format or ["tensor"]
+    classes = splits["train"].classes
     device, reason = utils.pick_device()
+    precision, why = utils.pick_precision(args.precision, device)
     classifier = load_classifier(args.resume_path, args.arch, args.dataset, len(classes)).to(device)
     utils.check_size(classifier, to_float(splits["train"].images[:1]).to(device), f"--arch {args.arch}")
+    surrogate = Surrogate(classifier, PRECISIONS[precision])
     maps, base = target_maps(len(classes), args.manual_seed), sha256(Path(args.resume_path).read_bytes())
     suffixes = {method: lockfiles.lock_suffix(method, args.alpha, args.lambd) for method in args.lock_method}
     places = {method: Paths(args.lock_data, suffix) for method, suffix in suffixes.items()}
-    settings = {method: settings_of(method, splits, maps, base, args) for method in args.lock_method}
-    with utils.exclusive(args.lock_data):
-        for paths in places.values():
-            if "png" in formats and paths.tree.exists() and not paths.has_tree():
-                raise UserError(f"{paths.tree} exists, and is not of a lock; name another folder with --lock-data")
-        manifests = {method: finished(paths, settings[method], args.overwrite) for method, paths in places.items()}
-        key = sealing.make_key(args.key_out) if args.key_out else None
+    settings = {method: shards.settings_of(method, splits, maps, base, precision, args) for method in places}
+    with ExitStack() as stack:
+        ranks.on_first(stack.enter_context, utils.exclusive(args.lock_data))
+        manifests = ranks.on_first(shards.prepare, places, settings, args)
         todo = {method: paths for method, paths in places.items() if not manifests[method]}
-        for method, paths in places.items():
-            if method in todo:
-                begin(paths, settings[method])
-            else:
-                check_finished(paths, manifests[method], key)
         if todo:
-            print(f"Locking {args.dataset} by {', '.join(todo)} with {args.arch}, on {device} ({reason})")
+            where = f"{device} ({reason})" + (f" and {ranks.count - 1} more" if ranks.count > 1 else "")
+            ranks.say(f"Locking {args.dataset} by {', '.join(todo)} with {args.arch}, on {where}")
+            ranks.say(f"in {precision} ({why})")
         for name in attacks_of(todo):
             kept = [classes[index] for index, target in enumerate(maps[name]) if index == target]
             if kept:
-                print(f"the target map {name} sends {', '.join(kept)} to itself")
+                ranks.say(f"the target map {name} sends {', '.join(kept)} to itself")
         for split, (images, labels, *_) in splits.items():
-            lock_split(classifier, images, labels, maps, split, todo, args, device)
-        for method, paths in places.items():
-            if method in todo:
-                manifest = finish(paths, settings[method], splits, args.batch_size, formats, key)
-            else:
-                print(f"{paths.manifest}: finished already, with the same settings (--overwrite locks again)")
-                manifest = add_outputs(paths, manifests[method], splits, formats, key)
-            print(describe(paths, manifest))
+            lock_split(classifier, surrogate, images, labels, maps, split, todo, args, device, ranks)
+        ranks.on_first(write_locks, places, manifests, settings, splits, args)
+    ranks.close()
+
+
+def write_locks(places, manifests, settings, splits, args):
+    """Write the files of every lock, or what a finished one lacks of them, and say how well each took."""
+    key = sealing.make_key(args.key_out) if args.key_out else None
+    for method, paths in places.items():
+        if manifests[method]:
+            print(f"{paths.manifest}: finished already, with the same settings (--overwrite locks again)")
+            manifest = shards.add_outputs(paths, manifests[method], splits, args.format or ["tensor"], key)
+        else:
+            manifest = shards.finish(paths, settings[method], splits, args.format or ["tensor"], key)
+        print(describe(paths, manifest))
 
 
 def check_splits(splits, where):
@@ -587,6 +377,13 @@ def parse_arguments():
     add("--attack-steps", type=number(int, 0), default=100, help="steps an attack (default: %(default)s)")
     add("--alpha", type=number(float, 0, 1), default=0.5, help="share of the left side (default: %(default)s)")
     add("--lambd", type=number(float, 0, 1), default=0.5, help="weight of a blend's first (default: %(default)s)")
+    add(
+        "--precision",
+        choices=["auto", *PRECISIONS],
+        default="auto",
+        help="what the gradients are computed in; auto: float32 on a CPU, bfloat16 or float16 on a GPU that is "
+        "faster so (default: %(default)s)",
+    )
     add("--batch-size", type=number(int, 1), default=128, help="images attacked at once (default: %(default)s)")
     add("--subset", type=number(int, 1), help="lock only the first SUBSET images of each split")
     add(

@@ -25,6 +25,11 @@ METHODS = {
 }
 
 
+def attacks_of(methods):
+    """The names of the target maps that the methods need, each once."""
+    return list(dict.fromkeys(name for method in methods for side in METHODS[method] for name in side))
+
+
 def parameters_of(method):
     """The parameters that a method reads, in the order in which a file's name gives them."""
     sides = METHODS[method]

@@ -160,11 +160,33 @@ def flatten(tree, prefix=""):
 
 
 def pick_device(use_gpu=True):
-    """The device to compute on, and why, as a pair (torch.device, str)."""
+    """The device to compute on, and why, as a pair (torch.device, str); the processes of torchrun share the GPUs."""
     if use_gpu and torch.cuda.is_available():
-        return torch.device("cuda"), torch.cuda.get_device_name()
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device, torch.cuda.get_device_name()
     threads = f"{torch.get_num_threads()} threads"
     return torch.device("cpu"), f"{threads}, no GPU was found" if use_gpu else threads
+
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_precision(name, device):
+    """The precision to compute in, one of PRECISIONS, and why, as a pair; name is one of them, or auto.
+
+    float32 means float32: from here on, no GPU rounds its inputs to TF32.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if name != "auto":
+        return name, "as asked for"
+    if device.type != "cuda":
+        return "float32", "exact and repeatable on a CPU"
+    if torch.cuda.get_device_capability(device) >= (8, 0):
+        return "bfloat16", "this GPU multiplies matrices faster in it"
+    if torch.cuda.get_device_capability(device) >= (7, 0):
+        return "float16", "this GPU multiplies matrices faster in it, and has no bfloat16"
+    return "float32", "this GPU is not faster in less"
 
 
 def check_size(model, images, what):

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from torch.fx.experimental.optimization import fuse
 from torch.hub import load_state_dict_from_url
 from torchvision import transforms
 
@@ -197,6 +198,24 @@ def load_classifier(path, arch, dataset, num_classes=10):
     """A base classifier as one module: images [N, 3, H, W] in [0, 1] to logits [N, classes]; it normalises itself."""
     model = load_base(path, arch, dataset, num_classes)
     return nn.Sequential(model.normalizer, model.model).requires_grad_(False).eval()
+
+
+class Surrogate(nn.Module):
+    """A classifier of load_classifier, made fast to take gradients of: its logits are the same, but for rounding.
+
+    Computes in dtype and channels_last, with every batch norm that directly follows a convolution folded into it.
+    """
+
+    def __init__(self, classifier, dtype):
+        super().__init__()
+        self.normalizer, model = classifier
+        # inside a Sequential, tracing sees no arguments but the images
+        self.model = fuse(nn.Sequential(model)).to(dtype, memory_format=torch.channels_last)
+        self.dtype = dtype
+
+    def forward(self, images):
+        inputs = self.normalizer(images).to(self.dtype, memory_format=torch.channels_last)
+        return self.model(inputs).to(images.dtype)
 
 
 # Train

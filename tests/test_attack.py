@@ -4,8 +4,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import lock
-from models.base import ROBUSTNESS_DATASETS, AttackerModel, DummyModel, cuda_optional
+from models.base import ROBUSTNESS_DATASETS, AttackerModel, DummyModel, Surrogate, attacker_model, cuda_optional
 from tests.conftest import small_classifier
+from utils import PRECISIONS, pick_precision
 
 
 def saturated_images(n, size=16):
@@ -89,3 +90,72 @@ def test_an_image_is_attacked_alike_in_any_batch():
     together = lock.attack(classifier, images, targets, 0.5, 0.1, 10)
     alone = torch.cat([lock.attack(classifier, images[i : i + 1], targets[i : i + 1], 0.5, 0.1, 10) for i in range(7)])
     torch.testing.assert_close(together, alone, atol=1e-9, rtol=0)
+
+
+def test_the_gradient_is_every_images_own_also_where_float16_has_none():
+    """Losses of about 1, and of about 1e-7, whose gradient is nothing in float16."""
+    classifier, images = small_classifier(), saturated_images(6)
+    logits = classifier(images)
+    targets = torch.cat([logits[:3].argmin(1), logits[3:].argmax(1)])
+    bias = torch.zeros(6, 10)
+    bias[torch.arange(3, 6), targets[3:]] = 17  # sure of its class
+
+    def gradients(network, x):
+        x = x.detach().requires_grad_()
+        logits = network(x).float() + bias
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        return losses, lock.gradient_of(losses, logits, x)
+
+    losses, found = gradients(classifier, images)
+    assert losses[:3].min() > 0.1 and losses[3:].max() < 1e-6
+    x = images.detach().requires_grad_()
+    (expected,) = torch.autograd.grad(F.cross_entropy(classifier(x) + bias, targets, reduction="sum"), x)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6 * expected.abs().max().item())
+    _, half = gradients(small_classifier_in(classifier, torch.float16), images)
+    assert F.cosine_similarity(half.flatten(1), expected.flatten(1)).min() > 0.99
+    torch.testing.assert_close(half.flatten(1).norm(dim=1), expected.flatten(1).norm(dim=1), rtol=0.05, atol=0)
+
+
+def small_classifier_in(classifier, dtype):
+    """The surrogate of a classifier that needs no normalisation."""
+    return Surrogate(nn.Sequential(nn.Identity(), classifier), dtype)
+
+
+def test_a_constant_classifier_has_no_gradient():
+    x = torch.rand(2, 3, 4, 4, requires_grad=True)
+    logits = x.flatten(1) @ torch.zeros(48, 10) + torch.tensor([200.0] + [0] * 9)
+    losses = F.cross_entropy(logits, torch.zeros(2, dtype=torch.long), reduction="none")
+    assert torch.equal(lock.gradient_of(losses, logits, x), torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "vgg11", "densenet_cifar", "preresnet8", "resnet20", "densenet100bc"])
+def test_the_surrogate_is_the_classifier_with_batch_norm_folded(arch):
+    model = attacker_model(arch, "cifar").requires_grad_(False).eval().double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for values in (module.running_mean, module.running_var, module.weight, module.bias):
+                values.uniform_(0.5, 1.5)
+    classifier = nn.Sequential(model.normalizer, model.model)
+    surrogate, images = Surrogate(classifier, torch.float64), torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(surrogate(images), classifier(images), rtol=1e-9, atol=1e-9)
+    before, after = (sum(isinstance(m, nn.BatchNorm2d) for m in one.modules()) for one in (classifier, surrogate))
+    assert after < 0.6 * before  # pre-activation has some that follow a sum
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_attacks_in_half_precision_do_what_those_in_float32_do(precision):
+    classifier, images = small_classifier(), saturated_images(40)
+    targets, flags = torch.randint(10, (40,)), {"eps": 1.0, "step_size": 0.2, "steps": 20}
+    exact = lock.attack(classifier, images, targets, **flags)
+    attacked = lock.attack(small_classifier_in(classifier, PRECISIONS[precision]), images, targets, **flags)
+    assert attacked.dtype == torch.float32 and attacked.min() >= 0 and attacked.max() <= 1
+    assert (attacked - images).flatten(1).norm(dim=1).max() <= 1.0 + 1e-6
+    losses = [F.cross_entropy(classifier(x), targets) for x in (images, exact, attacked)]
+    assert losses[2] - losses[1] < 0.02 * (losses[0] - losses[1])
+
+
+def test_the_precision_on_a_cpu():
+    cpu = torch.device("cpu")
+    assert pick_precision("auto", cpu)[0] == "float32"
+    assert [pick_precision(name, cpu)[0] for name in PRECISIONS] == list(PRECISIONS)
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-import lock
+import shards
 import train
 from data import to_uint8
 from lockfiles import Paths, load_locked
@@ -90,7 +90,7 @@ def test_one_flipped_bit_in_a_shard_or_a_checkpoint_is_noticed(tmp_path):
     """torch.load alone would read on."""
     paths = Paths(tmp_path, "basic")
     paths.partial.mkdir()
-    shard, checkpoint = lock.shard_path(paths, "train", 0), tmp_path / "ckpt.pth.tar"
+    shard, checkpoint = shards.shard_path(paths, "train", 0), tmp_path / "ckpt.pth.tar"
     for path in (shard, checkpoint):
         torch.save({"locked": IMAGES, "epoch": 1, "measured": {}, "made_with": {}}, path)
         content = bytearray(path.read_bytes())
@@ -98,7 +98,7 @@ def test_one_flipped_bit_in_a_shard_or_a_checkpoint_is_noticed(tmp_path):
         path.write_bytes(content)
         assert not torch.equal(torch.load(path)["locked"], IMAGES)
     with pytest.raises(UserError, match="train_00000000: damaged .*; delete it, and run the same command again"):
-        lock.read_shards(paths, "train", [0])
+        shards.read_shards(paths, "train", [0])
     with pytest.raises(UserError, match="ckpt.pth.tar: damaged"):
         train.read_checkpoint(checkpoint, log=print)
 
@@ -106,9 +106,9 @@ def test_one_flipped_bit_in_a_shard_or_a_checkpoint_is_noticed(tmp_path):
 def test_nothing_in_a_shard_or_a_checkpoint_runs(tmp_path):
     paths = Paths(tmp_path, "basic")
     paths.partial.mkdir()
-    torch.save({"locked": Malicious()}, lock.shard_path(paths, "train", 0))
+    torch.save({"locked": Malicious()}, shards.shard_path(paths, "train", 0))
     with pytest.raises(UserError, match="train_00000000: damaged"):
-        lock.read_shards(paths, "train", [0])
+        shards.read_shards(paths, "train", [0])
     torch.save({"epoch": Malicious()}, tmp_path / "ckpt.pth.tar")
     with pytest.raises(UserError, match="ckpt.pth.tar: damaged"):
         train.read_checkpoint(tmp_path / "ckpt.pth.tar", log=print)

@@ -10,7 +10,9 @@ from torch import nn
 import data
 import lock
 import lockfiles
+import shards
 from data import to_float, to_uint8
+from ranks import Ranks
 from tests.conftest import small_classifier
 
 
@@ -96,8 +98,9 @@ def lock_by(method, folder, classifier, images, labels, split, **flags):
     paths = lockfiles.Paths(folder, method)
     paths.partial.mkdir()
     args, maps = argparse.Namespace(**flags), lock.target_maps(10, seed=0)
-    lock.lock_split(classifier, images, labels, maps, split, {method: paths}, args, torch.device("cpu"))
-    locked, measured, made_with = lock.read_shards(paths, split, range(0, len(images), args.batch_size))
+    device = torch.device("cpu")
+    lock.lock_split(classifier, classifier, images, labels, maps, split, {method: paths}, args, device, Ranks())
+    locked, measured, made_with = shards.read_shards(paths, split, range(0, len(images), args.batch_size))
     assert {one["device"][:3] for one in made_with} == {"CPU"}
     return locked, measured
 
@@ -143,7 +146,7 @@ def test_report():
         "l2": torch.tensor([0, 0.3, 0.4, 0.5]), "ssim": torch.tensor([1, 0.9, 0.9, 0.8]),
         "psnr": torch.tensor([torch.inf, 40, 41, 42]),
     }  # fmt: skip
-    text = " ".join(lock.report(lock.summarize(measured, "basic")).split())
+    text = " ".join(lock.report(shards.summarize(measured, "basic")).split())
     assert text == (
         "base classifier, on the originals 75.00% right attacks that reach their target T1 50.00% "
         "locked images, sent to a target 25.00%, still given the true label 0.00% "
