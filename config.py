@@ -1,6 +1,5 @@
 """The keys of a config.yaml: defaults, what they mean, which values they can have, and how a file is read."""
 
-import math
 from copy import deepcopy
 from pathlib import Path
 
@@ -143,7 +142,7 @@ def convert(value, default, where):
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML 1.1 reads 1e-4, which has no dot, as text
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     wrong_item = kind is list and isinstance(value, list) and any(type(item) is not int for item in value)
     if type(value) is not kind or wrong_item:
@@ -171,11 +170,12 @@ def check_values(config, path):
     check_known(config.lr_scheduler.type, ("STEP", "COSINE", "HTD"), f"{path}: lr_scheduler.type")
     values = flatten(config)
     for key, (low, high) in RANGES.items():
-        if not (math.isfinite(values[key]) and low <= values[key] <= high):
+        if not low <= values[key] <= high:  # not so for NaN either
             raise UserError(f"{path}: {key} is {values[key]}; it must lie between {low} and {high}")
     if config.optimize.nesterov and config.optimize.momentum == 0:
         raise UserError(f"{path}: optimize.nesterov needs a momentum; set it to False")
+    ckpt_path = Path(config.ckpt_path)
+    if ckpt_path.is_absolute() or ".." in ckpt_path.parts:
+        raise UserError(f"{path}: ckpt_path is '{config.ckpt_path}'; it must be a folder below the run's, as ./")
     if Path(config.ckpt_name).name != config.ckpt_name:
         raise UserError(f"{path}: ckpt_name is '{config.ckpt_name}'; it must be a file's name, without a folder")
-
-

@@ -82,9 +82,10 @@ def load_folder(root, split):
     """
     folder = Path(root, split)
     files, train_files = list_images(folder), list_images(Path(root, "train"))
-    if files.classes != train_files.classes:
-        odd = sorted(set(files.classes) ^ set(train_files.classes))
-        raise UserError(f"{folder}: the classes differ from those in {train_files.root}: {', '.join(odd)}")
+    for one, other in ((files, train_files), (train_files, files)):
+        lacking = sorted(set(other.classes) - set(one.classes))
+        if lacking:
+            raise UserError(f"{one.root}: lacks the classes {', '.join(lacking)}, which {other.root} has")
     first = train_files.samples[0][0]
     size = read_image(first).shape
     if min(size[1:]) < 8:
@@ -101,16 +102,22 @@ def load_folder(root, split):
     return Split(images, torch.tensor(files.targets), files.classes, names)
 
 
+def is_plain(name):
+    """Whether a text can be the name of a file or folder, and of none but one inside the folder that it is put in."""
+    return name not in ("", ".", "..") and name.isprintable() and not set(name) & set("/\\")
+
+
 def check_names(names, classes, where):
     """Raise UserError unless each name, and no other, is that of one PNG file in the folder of a class."""
+    folders = set()
     for name in names:
         parts = name.split("/")
-        plain = name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(parts)
-        if not plain or len(parts) < 2 or parts[0] not in classes or not name.endswith(".png"):
+        if not all(map(is_plain, parts)) or len(parts) < 2 or parts[0] not in classes or not name.endswith(".png"):
             raise UserError(f"{where}: {name!r} cannot be the name of an image; rename it")
-    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+        folders.update("/".join(parts[:depth]) for depth in range(1, len(parts)))
+    twice = next((name for name, count in Counter([*names, *folders]).items() if count > 1), None)
     if twice:
-        raise UserError(f"{where}: two images would be named {twice}; rename one")
+        raise UserError(f"{where}: two images, or an image and a folder, would be named {twice}; rename one")
 
 
 def list_images(folder):
@@ -123,18 +130,21 @@ def list_images(folder):
             raise UserError(f"{path}: is neither PNG nor JPEG; convert it, or take it away")
         return True
 
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; images go into {folder}/<class>/")
     try:
         return ImageFolder(str(folder), is_valid_file=is_image)
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: expected a folder of images for each class ({first_line(error)})") from error
+    except FileNotFoundError as error:  # no class, or one without images
+        raise UserError(f"{folder}: expected a folder of images for each class; {first_line(error)}") from error
 
 
 def read_image(file):
     """An image as uint8 [3, H, W], turned upright; raises UserError where it is damaged or more than 8-bit colours."""
     try:
         with Image.open(file) as image:
-            if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
-                raise UserError(f"{file}: its pixels are {image.mode}; convert it to 8-bit RGB or grey")
+            raw = str(image.tile[0][3])  # Pillow's mode for 16-bit colours is RGB too
+            if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA") or ";16" in raw:
+                raise UserError(f"{file}: its pixels are {raw}; convert it to 8-bit RGB or grey")
             if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
                 raise UserError(f"{file}: parts of it are transparent; convert it to RGB")
             pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))

@@ -12,6 +12,7 @@ goes on where it was when it is given again. Method and constants: arXiv:2002.03
     python lock.py --unlock --key KEYFILE --lock-data ./data --orig-data ./unlocked
 """
 
+import shutil
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -27,7 +28,7 @@ import sealing
 import shards
 import utils
 from data import DATASETS, SPLITS, to_float, to_uint8
-from lockfiles import METHODS, Paths, attacks_of, hash_tensor, sha256
+from lockfiles import METHODS, Paths, attacks_of, sha256
 from models.base import Surrogate, load_classifier
 from ranks import Ranks
 from utils import PRECISIONS, UserError, number, write_file
@@ -88,7 +89,8 @@ def attack(classifier, images, targets, eps, step_size, steps, on_step=lambda: N
 
     classifier maps images [N, C, H, W] in [0, 1] to logits [N, classes]; targets [N]; eps and step_size in units of
     those pixels. Returns, image by image, the iterate of least cross-entropy to its target, of steps + 1: the image
-    itself and the last included. on_step is called after each evaluation.
+    itself and the last included. on_step is called after each evaluation. Raises UserError where the losses end in
+    NaN or infinity.
     """
     x, best = images, images
     best_losses = torch.full((len(images),), torch.inf, device=images.device)
@@ -104,6 +106,8 @@ def attack(classifier, images, targets, eps, step_size, steps, on_step=lambda: N
             norms = gradient.flatten(1).norm(dim=1)[:, None, None, None]
             x = project(x.detach() - step_size * gradient / (norms + 1e-10), images, eps)
         on_step()
+    if not losses.isfinite().all():  # once they are not, they stay so until the last step
+        raise UserError("the base classifier gives no finite loss: choose --precision float32, or train it again")
     return best
 
 
@@ -215,15 +219,24 @@ def lock_split(classifier, surrogate, images, labels, maps, split, places, args,
 def report(summary):
     """How well a lock took, as lines of text, from the numbers of summarize."""
     attacks = ", ".join(f"{name} {share:.2%}" for name, share in summary["attacks"].items())
-    psnr = "PSNR infinite" if summary["psnr"] is None else f"PSNR {summary['psnr']:.2f} dB"
+    psnr = "infinite" if summary["psnr"] is None else f"{summary['psnr']:.2f} dB"
     unchanged = f", {summary['unchanged']} images unchanged" if summary["unchanged"] else ""
+    to_target, to_true = f"{summary['to_target']:.2%}", f"{summary['to_true']:.2%}"
     return (
-        "  base classifier, on the originals  {base_accuracy:.2%} right\n"
+        f"  base classifier, on the originals  {summary['base_accuracy']:.2%} right\n"
         f"  attacks that reach their target    {attacks}\n"
-        "  locked images, sent to a target    {to_target:.2%}, still given the true label {to_true:.2%}\n"
-        "  L2 distance to the originals       mean {l2_mean:.3f}, largest {l2_max:.3f}\n"
-        f"  likeness                           {psnr}, SSIM {{ssim:.4f}}{unchanged}"
-    ).format(**summary)
+        f"  locked images, sent to a target    {to_target}, still given the true label {to_true}\n"
+        f"  L2 distance to the originals       mean {summary['l2_mean']:.3f}, largest {summary['l2_max']:.3f}\n"
+        f"  likeness                           PSNR {psnr}, SSIM {summary['ssim']:.4f}{unchanged}"
+    ) + "".join(f"\n  WEAK: {line}" for line in weaknesses(summary))
+
+
+def weaknesses(summary):
+    """What a lock with these numbers of summarize lacks, and what to do about it, as lines."""
+    if min(summary["attacks"].values()) < 0.9:
+        yield "many attacks miss their target: raise --eps and --attack-lr, or --attack-steps"
+    if summary["base_accuracy"] < 0.5:
+        yield "the base classifier is wrong on most originals: was it trained on them, and long enough?"
 
 
 # The three things that this script does
@@ -268,9 +281,9 @@ def write_locks(places, manifests, settings, splits, args):
     for method, paths in places.items():
         if manifests[method]:
             print(f"{paths.manifest}: finished already, with the same settings (--overwrite locks again)")
-            manifest = shards.add_outputs(paths, manifests[method], splits, args.format or ["tensor"], key)
+            manifest = shards.add_outputs(paths, manifests[method], splits, args.format, key)
         else:
-            manifest = shards.finish(paths, settings[method], splits, args.format or ["tensor"], key)
+            manifest = shards.finish(paths, settings[method], splits, args.format, key)
         print(describe(paths, manifest))
 
 
@@ -307,50 +320,57 @@ def verify(folder):
     wrong = 0
     for paths in places:
         manifest = lockfiles.read_manifest(paths)
-        errors = list(lockfiles.check_files(paths, manifest))
+        errors = [*lockfiles.check_files(paths, manifest), *lockfiles.check_unlisted(paths, manifest)]
         wrong += len(errors)
-        print(describe(paths, manifest) if not errors else "\n".join(map(str, errors)))
+        print(describe(paths, manifest) if not errors else "\n".join(map(utils.printable, errors)))
     unfinished = [path for path in Path(folder).glob(".lock_*")]
     for path in unfinished:
         print(f"{path}: an interrupted lock; the command that began it finishes it")
     if wrong:
-        raise UserError(f"--verify {folder}: {wrong} of the files above are absent or have changed; lock again")
-    print(f"{folder}: {len(places)} locks, every file is as it was locked")
+        raise UserError(f"--verify {folder}: {wrong} files are not as they were locked, see above; lock again")
+    print(f"{folder}: every file of {', '.join(paths.manifest.name for paths in places)} is as it was locked")
 
 
 def unlock(args):
     """Write the original images of a sealed lock, bit for bit, to --orig-data."""
     key = sealing.read_key(args.key)
     sealed = {paths: lockfiles.read_manifest(paths) for paths in lockfiles.locks_in(args.lock_data)}
-    sealed = {paths: manifest for paths, manifest in sealed.items() if manifest.get("sealed_with")}
+    sealed = {paths: manifest for paths, manifest in sealed.items() if manifest["sealed_with"]}
     if not sealed:
         raise UserError(f"--lock-data {args.lock_data}: holds no sealed lock; lock with --key-out")
     paths = next((p for p, manifest in sealed.items() if manifest["sealed_with"] == sealing.fingerprint(key)), None)
     if paths is None:
         raise UserError(f"--key {args.key}: not the key that {args.lock_data} was sealed with")
-    manifest, out = sealed[paths], Path(args.orig_data)
-    if out.exists() and any(path.name != ".lock" for path in out.iterdir()):
-        raise UserError(f"--orig-data {out}: holds files already; name a folder that is empty or not there yet")
-    originals = {}
-    for split, hashes in manifest["settings"]["original_sha256"].items():
-        locked = lockfiles.load_split(paths, split, manifest)
+    manifest, originals = sealed[paths], {}
+    for split in SPLITS:
+        locked, _ = lockfiles.load_split(paths, split, manifest)
         content = lockfiles.read_checked(paths, manifest, paths.file(split, "sealed"))
-        context = f"{paths.suffix} {split} {hash_tensor(locked.images)} {hashes['images']}"
-        images = sealing.unseal(content, locked.images, key, context)
-        if hash_tensor(images) != hashes["images"] or hash_tensor(locked.labels) != hashes["labels"]:
-            raise UserError(f"{paths.manifest}: what was unlocked is not what was locked; get the files again")
-        if "png" in lockfiles.formats_of(paths, manifest):
-            locked = locked._replace(names=list(lockfiles.read_sums(paths, split, manifest)))
-        originals[split] = locked._replace(images=images)
-    formats = args.format or lockfiles.formats_of(paths, manifest)
+        originals[split] = sealing.unseal(content, locked, key, f"{paths.suffix} {split}")
+    write_originals(Path(args.orig_data), originals, args.format or lockfiles.formats_of(paths, manifest))
+
+
+def write_originals(out, originals, formats):
+    """Write Splits in the formats to a folder; what an interrupted call has left there is replaced."""
+    staging = out / ".new"
     with utils.exclusive(out):
+        if not staging.exists() and any(path.name != ".lock" for path in out.iterdir()):
+            raise UserError(f"--orig-data {out}: holds files already; name a folder that is empty or not there yet")
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
         for split, original in originals.items():
             if "png" in formats:
-                lockfiles.write_tree(out, split, original.images, original.names)
+                lockfiles.write_tree(staging / split, original)
             if "tensor" in formats:
                 for kind, tensor in {"image": original.images, "label": original.labels}.items():
-                    write_file(Paths(out, "original").file(split, kind), lockfiles.to_bytes(tensor))
-            print(f"{split}: {len(original.images)} original images in {out}, their SHA-256 as in {paths.manifest}")
+                    write_file(Paths(staging, "original").file(split, kind), lockfiles.to_bytes(tensor))
+        utils.sync_disks()
+        for path in staging.iterdir():
+            target = out / path.name
+            shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+            path.rename(target)
+        staging.rmdir()
+    for split, original in originals.items():
+        print(f"{split}: {len(original.images)} original images in {out}, bit for bit as they were before locking")
 
 
 def parse_arguments():
@@ -374,7 +394,7 @@ def parse_arguments():
     )
     add("--eps", type=number(float, 0), default=0.5, help="L2 radius, in pixels of [0, 1] (default: %(default)s)")
     add("--attack-lr", type=number(float, 0), default=0.1, help="L2 length of a step (default: %(default)s)")
-    add("--attack-steps", type=number(int, 0), default=100, help="steps an attack (default: %(default)s)")
+    add("--attack-steps", type=number(int, 0, 10**6), default=100, help="steps an attack (default: %(default)s)")
     add("--alpha", type=number(float, 0, 1), default=0.5, help="share of the left side (default: %(default)s)")
     add("--lambd", type=number(float, 0, 1), default=0.5, help="weight of a blend's first (default: %(default)s)")
     add(
@@ -407,15 +427,18 @@ def parse_arguments():
     args = parser.parse_args()
     if bool(args.unlock) != bool(args.key):
         raise UserError("--unlock and --key KEYFILE go together")
-    if args.key_out and Path(args.lock_data).resolve() in Path(args.key_out).resolve().parents:
-        raise UserError(f"--key-out {args.key_out}: lies in the folder that is handed out; keep the key elsewhere")
+    for flag, path in {"--key-out": args.key_out, "--orig-data": args.unlock and args.orig_data}.items():
+        if path and Path(args.lock_data).resolve() in [Path(path).resolve(), *Path(path).resolve().parents]:
+            raise UserError(f"{flag} {path}: lies in the folder that is handed out; name another place")
+    if not args.unlock:
+        args.format = args.format or ["tensor"]
     args.lock_method = list(METHODS) if "all" in args.lock_method else list(dict.fromkeys(args.lock_method))
     return args
 
 
 def main():
     args = parse_arguments()
-    if args.verify:
+    if args.verify is not None:
         verify(args.verify)
     elif args.unlock:
         unlock(args)

@@ -2,8 +2,8 @@
 
 import hashlib
 import io
+import itertools
 import json
-import shutil
 import zipfile
 from numbers import Real
 from pathlib import Path
@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from data import SPLITS, Split, check_names, numbered, read_image, to_uint8
-from utils import UserError, first_line, naming, write_file
+from data import SPLITS, check_names, is_plain, read_image, to_uint8
+from utils import UserError, discard, first_line, naming, sync_folder
 
 # Methods, and the names of files
 
@@ -66,14 +66,15 @@ class Paths:
         self.manifest = self.folder / f"lock_{suffix}.json"
         self.tree = self.folder / suffix  # of PNG files: <split>/<class>/<name>.png, and <split>.sha256
         self.partial = self.folder / f".lock_{suffix}"  # what is finished of an interrupted lock
-        self.staging = self.folder / f".new_{suffix}"  # a tree that is being written
+        self.staging = self.folder / f".new_{suffix}"  # files that are being written
+        self.trash = self.folder / f".old_{suffix}"  # folders that are being deleted
 
     def file(self, split, kind):
         """A file of a split. kind is image or label: tensors; or sealed: what turns locked images into originals."""
         return self.folder / f"{split}_{kind}_{self.suffix}"
 
     def sums(self, split):
-        """The file that lists a split's PNG files and their hashes."""
+        """The file that lists a split's PNG files and their hashes; only the tree of a lock has it."""
         return self.tree / f"{split}.sha256"
 
     def groups(self):
@@ -84,17 +85,18 @@ class Paths:
             "sealed": [self.file(split, "sealed") for split in SPLITS],
         }
 
-    def remove(self):
-        """Delete the files of a lock, the manifest first: it never stands beside files that it does not list."""
-        with_tree = self.has_tree()
-        for path in [self.manifest, *self.groups()["tensor"], *self.groups()["sealed"]]:
-            path.unlink(missing_ok=True)
-        if with_tree:
-            shutil.rmtree(self.tree)
-
     def has_tree(self):
         """Whether the tree is one that was written here, and not a folder of the user's that has its name."""
         return self.sums("train").is_file() and not self.tree.is_symlink()
+
+    def remove(self):
+        """Delete the files of a lock, the manifest first: what it lists is there as long as it is."""
+        self.manifest.unlink(missing_ok=True)
+        sync_folder(self.folder)
+        if self.has_tree():
+            discard(self.tree, self.trash)
+        for path in [*self.groups()["tensor"], *self.groups()["sealed"]]:
+            path.unlink(missing_ok=True)
 
     def name(self, path):
         """The path of one of its files, as it stands in the manifest."""
@@ -110,7 +112,8 @@ def split_path(path):
 def locks_in(folder):
     """The Paths of every lock in a folder that has a manifest."""
     files = sorted(path for path in Path(folder).glob("lock_*.json") if path.is_file())
-    return [Paths(folder, path.stem.removeprefix("lock_")) for path in files]
+    suffixes = [path.stem.removeprefix("lock_") for path in files]
+    return [Paths(folder, suffix) for suffix in suffixes if parse_suffix(suffix)[0] in METHODS]
 
 
 # Hashes and manifests
@@ -128,36 +131,47 @@ def hash_tensor(tensor):
     return digest.hexdigest()
 
 
+def is_number(value):
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < 1e9
+
+
+def is_dict_of(is_key, is_value):
+    """A function that says whether its argument is a dict of such keys and values."""
+    return lambda value: isinstance(value, dict) and all(is_key(k) and is_value(v) for k, v in value.items())
+
+
+def is_text(value):
+    return isinstance(value, str) and value.isprintable()
+
+
 # What a manifest must hold to be used: a type, or a function that says whether a value will do.
-PER_SPLIT = {"images": str, "labels": str}
 REPORT = {
-    **dict.fromkeys(("images", "unchanged"), int),
-    **dict.fromkeys(("base_accuracy", "to_target", "to_true", "l2_mean", "l2_max", "ssim"), Real),
-    "attacks": lambda value: isinstance(value, dict) and all(isinstance(share, Real) for share in value.values()),
-    "psnr": (Real, type(None)),
+    **dict.fromkeys(("images", "unchanged", "base_accuracy", "to_target", "to_true"), is_number),
+    **dict.fromkeys(("l2_mean", "l2_max", "ssim"), is_number),
+    "attacks": is_dict_of({"T1", "T2", "T3", "T4"}.__contains__, is_number),
+    "psnr": lambda value: value is None or is_number(value),
 }
 MANIFEST = {
     "settings": {
-        "dataset": str,
-        "classes": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
-        "subset": lambda value: value is None or (isinstance(value, int) and value > 0),
-        "original_sha256": {split: PER_SPLIT for split in SPLITS},
+        "dataset": is_text,
+        "classes": lambda value: isinstance(value, list) and all(is_text(name) and is_plain(name) for name in value),
+        "subset": lambda value: value is None or (is_number(value) and value > 0),
+        "original_sha256": {split: {"images": is_text, "labels": is_text} for split in SPLITS},
     },
     "report": {split: REPORT for split in SPLITS},
-    "files": lambda value: all(isinstance(entry["sha256"], str) for entry in value.values()),
-    "sealed_with": (str, type(None)),
+    "files": is_dict_of(is_text, lambda entry: isinstance(entry, dict) and is_text(entry.get("sha256"))),
+    "sealed_with": lambda value: value is None or is_text(value),
 }
 
 
 def find_misfit(value, schema, where="it"):
-    """Where a value does not fit MANIFEST or a part of it, as text; or None where it does."""
-    if isinstance(schema, dict):
-        if not isinstance(value, dict):
-            return where
-        misfits = (find_misfit(value.get(key), part, key) for key, part in schema.items())
-        return next((misfit for misfit in misfits if misfit), None)
-    fits = isinstance(value, schema) if isinstance(schema, (type, tuple)) else schema(value)
-    return None if fits else where
+    """The name of what in a value does not fit MANIFEST or a part of it; or None where all does."""
+    if not isinstance(schema, dict):
+        return None if schema(value) else where
+    if not isinstance(value, dict):
+        return where
+    misfits = (find_misfit(value[key], part, key) if key in value else key for key, part in schema.items())
+    return next((misfit for misfit in misfits if misfit), None)
 
 
 def read_json(path):
@@ -173,16 +187,15 @@ def read_manifest(paths):
     if not paths.manifest.is_file():
         return None
     manifest = read_json(paths.manifest)
-    try:
-        misfit = find_misfit(manifest, MANIFEST)
-        listed = misfit or set(manifest["files"])
-    except (KeyError, TypeError, AttributeError):
-        misfit = "files"
+    misfit = find_misfit(manifest, MANIFEST)
     if not misfit:
-        groups = [{paths.name(path) for path in group} for group in paths.groups().values()]
-        whole = [group for group in groups if group <= listed]
-        if listed != set().union(*whole) or not (groups[0] <= listed or groups[1] <= listed):
+        listed = set(manifest["files"])
+        groups = {form: {paths.name(path) for path in group} for form, group in paths.groups().items()}
+        whole = {form for form, names in groups.items() if names <= listed}
+        if listed != set().union(*(groups[form] for form in whole)) or not whole & {"tensor", "png"}:
             misfit = "files"
+        elif ("sealed" in whole) != (manifest["sealed_with"] is not None):
+            misfit = "sealed_with"
     if misfit:
         raise UserError(f"{paths.manifest}: not a manifest of lock.py: {misfit} is not as it should be; lock again")
     return manifest
@@ -195,32 +208,43 @@ def formats_of(paths, manifest):
 
 
 def check_files(paths, manifest):
-    """Yield a UserError for each file of a lock that is absent, is not as it was locked, or does not belong there."""
-    for path in (paths.folder / name for name in manifest["files"]):
-        try:
-            read_checked(paths, manifest, path)
-        except UserError as error:
-            yield error
-            continue
-        if path.suffix == ".sha256":
-            yield from check_tree(paths, path.stem, manifest)
+    """Yield a UserError for each file that a manifest lists and that is absent, or not as it was locked."""
+    groups = paths.groups()
+    for path in [*groups["tensor"], *groups["sealed"]]:
+        if paths.name(path) in manifest["files"]:
+            try:
+                read_checked(paths, manifest, path)
+            except UserError as error:
+                yield error
+    if "png" in formats_of(paths, manifest):
+        yield from check_tree(paths, manifest)
 
 
-def check_tree(paths, split, manifest):
-    """check_files, for the PNG files of one split."""
-    try:
-        sums = read_sums(paths, split, manifest)
-    except UserError as error:
-        yield error
-        return
-    for name, expected in sums.items():
+def check_tree(paths, manifest):
+    """check_files, for the PNG files, of which there must be no others: who takes the tree would take them too."""
+    known = set(paths.groups()["png"])
+    for split in SPLITS:
         try:
-            read_leaf(paths, split, name, expected)
+            sums = read_sums(paths, split, manifest)
         except UserError as error:
             yield error
-    for path in sorted((paths.tree / split).rglob("*")):
-        if not path.is_dir() and path.relative_to(paths.tree / split).as_posix() not in sums:
+            return
+        for name, expected in sums.items():
+            known.add(paths.tree / split / name)
+            try:
+                read_leaf(paths, split, name, expected)
+            except UserError as error:
+                yield error
+    for path in sorted(paths.tree.rglob("*")):
+        if path not in known and (path.is_symlink() or not path.is_dir()):
             yield UserError(f"{path}: no file of this lock; take it away")
+
+
+def check_unlisted(paths, manifest):
+    """Yield a UserError for each file that has the name of a lock's, but that its manifest does not list."""
+    for path in itertools.chain(*paths.groups().values()):
+        if paths.name(path) not in manifest["files"] and (path.exists() or path.is_symlink()):
+            yield UserError(f"{path}: {paths.manifest} does not list it; take it away")
 
 
 # Writing
@@ -233,20 +257,18 @@ def to_bytes(tensor):
     return file.getvalue()
 
 
-def write_tree(root, split, images, names):
-    """Write images uint8 [N, 3, H, W] as PNG files root/<split>/<name>, and their hashes, in their order, into
-    root/<split>.sha256 as the tool sha256sum has them; returns the bytes of that file."""
-    lines = []
-    for image, name in zip(images.permute(0, 2, 3, 1).numpy(), names):
-        path = Path(root, split, name)
+def write_tree(folder, part):
+    """Write the images of a Split as PNG files folder/<name>; returns their SHA-256 by name, in their order."""
+    check_names(part.names, part.classes, folder)
+    sums = {}
+    for image, name in zip(part.images.permute(0, 2, 3, 1).numpy(), part.names):
+        path = Path(folder, name)
         file = io.BytesIO()
         Image.fromarray(image).save(file, "png")
         with naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(file.getvalue())
-        lines.append(f"{sha256(file.getvalue())}  {split}/{name}\n")
-    sums = "".join(lines).encode()
-    write_file(Path(root, f"{split}.sha256"), sums)
+        sums[name] = sha256(file.getvalue())
     return sums
 
 
@@ -308,7 +330,7 @@ def read_sums(paths, split, manifest):
     lines = [line.partition("  ") for line in text.split("\n")[:-1]]
     names = [name.removeprefix(f"{split}/") for _, _, name in lines]
     check_names(names, manifest["settings"]["classes"], path)
-    if len(names) != manifest["report"][split]["images"]:
+    if not names or len(names) != manifest["report"][split]["images"]:
         raise UserError(f"{path}: lists {len(names)} images, but {paths.manifest} says otherwise")
     return dict(zip(names, (expected for expected, _, _ in lines)))
 
@@ -323,21 +345,24 @@ def read_leaf(paths, split, name, expected):
 
 
 def load_split(paths, split, manifest):
-    """A locked Split, its files checked against the manifest; from files of tensors, or else from PNG files."""
-    classes = manifest["settings"]["classes"]
+    """Locked images uint8 [N, 3, H, W] and labels int64 [N], from files of tensors, or else from PNG files.
+
+    Raises UserError naming the file where one is not as it was locked, or where the labels are not the originals'.
+    """
     if "tensor" in formats_of(paths, manifest):
         files = [paths.file(split, kind) for kind in ("image", "label")]
         tensors = [from_bytes(read_checked(paths, manifest, path), path) for path in files]
         images, labels = check_tensors(*tensors, *files)
-        if labels.min() < 0 or labels.max() >= len(classes):
-            raise UserError(f"{files[1]}: holds labels that are no class of {paths.manifest}")
-        return Split(images, labels, classes, numbered(labels, classes))
-    sums = read_sums(paths, split, manifest)
-    images = [read_image(io.BytesIO(read_leaf(paths, split, name, expected))) for name, expected in sums.items()]
-    if len({image.shape for image in images}) > 1:
-        raise UserError(f"{paths.tree / split}: the images differ in size; lock again")
-    labels = torch.tensor([classes.index(name.partition("/")[0]) for name in sums])
-    return Split(torch.stack(images), labels, classes, list(sums))
+    else:
+        files, sums = [paths.tree / split, paths.sums(split)], read_sums(paths, split, manifest)
+        images = [read_image(io.BytesIO(read_leaf(paths, split, name, expected))) for name, expected in sums.items()]
+        if len({image.shape for image in images}) > 1:
+            raise UserError(f"{files[0]}: the images differ in size; lock again")
+        classes = manifest["settings"]["classes"]
+        images, labels = torch.stack(images), torch.tensor([classes.index(name.partition("/")[0]) for name in sums])
+    if hash_tensor(labels) != manifest["settings"]["original_sha256"][split]["labels"]:
+        raise UserError(f"{files[1]}: other labels, or another order, than {paths.manifest} tells of the originals")
+    return images, labels
 
 
 def load_locked(image_path, label_path, lock_flags=""):
@@ -362,11 +387,11 @@ def load_locked(image_path, label_path, lock_flags=""):
         return *check_tensors(*tensors, image_path, label_path), None
     if split not in SPLITS or image_path != paths.file(split, "image"):
         raise UserError(f"{image_path}: not the name of a file of images that {paths.manifest} could list")
-    own = paths.file(split, "label")
-    if label_path != own and sha256(label_path.read_bytes()) != manifest["files"][paths.name(own)]["sha256"]:
-        raise UserError(f"{label_path}: not the labels that were locked with {image_path}")
-    locked = load_split(paths, split, manifest)
-    return locked.images, locked.labels, manifest
+    if label_path != paths.file(split, "label"):
+        own = manifest["files"].get(paths.name(paths.file(split, "label")))
+        if not own or sha256(label_path.read_bytes()) != own["sha256"]:
+            raise UserError(f"{label_path}: not the labels that were locked with {image_path}")
+    return *load_split(paths, split, manifest), manifest
 
 
 def lock_command(path):

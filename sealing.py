@@ -1,10 +1,11 @@
 """Seal what turns locked images back into the originals, so that only those who hold a key can unlock them.
 
-A locked image and its original differ by a residual, which is compressed and encrypted with AES-256-GCM. The
-encryption is authenticated, together with what the residual belongs to: a wrong key, or one changed bit, is noticed.
+A locked image and its original differ by a residual, which is compressed and encrypted with AES-256-GCM, together
+with labels, classes and names. The encryption is authenticated: a wrong key, or one changed bit, is noticed.
 """
 
 import hashlib
+import json
 import os
 import zlib
 from pathlib import Path
@@ -13,7 +14,9 @@ import torch
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from utils import UserError, write_file
+from data import Split
+from lockfiles import hash_tensor
+from utils import UserError, naming
 
 KEY_BYTES, NONCE_BYTES, TAG_BYTES = 32, 12, 16
 CHUNK_BYTES = 2**30  # AESGCM takes less than 2**31 bytes at once
@@ -34,8 +37,19 @@ def read_key(path):
 
 def make_key(path):
     """The key in a file, which is written with a new one, readable for its owner alone, if it does not exist."""
-    if not Path(path).exists():
-        write_file(path, AESGCM.generate_key(8 * KEY_BYTES).hex().encode() + b"\n", mode=0o600)
+    try:
+        # exclusively, since another process may be making it too: what it seals with must be what the file holds
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    except FileExistsError:
+        return read_key(path)
+    try:
+        with naming(path), open(descriptor, "wb") as file:
+            file.write(AESGCM.generate_key(8 * KEY_BYTES).hex().encode() + b"\n")
+            file.flush()
+            os.fsync(descriptor)
+    except OSError:
+        os.unlink(path)
+        raise
     return read_key(path)
 
 
@@ -44,13 +58,21 @@ def fingerprint(key):
     return hashlib.sha256(b"adversarial lock " + key).hexdigest()[:16]
 
 
-def seal(originals, locked, key, context):
-    """The residual of images uint8 of one shape, compressed and encrypted, as bytes.
+def seal(original, locked, key, context):
+    """All of a Split, as what its images differ by from the locked ones, compressed and encrypted, as bytes.
 
-    context is a text that unseal must be given too. Each call draws new nonces, so its bytes are never the same.
+    locked uint8 [N, 3, H, W]; context is a text that unseal must be given too. Each call draws new nonces, so its
+    bytes are never the same.
     """
-    residual = zlib.compress((originals - locked).numpy().tobytes(), level=1)  # uint8 wraps around, here and back
-    chunks = [residual[start : start + CHUNK_BYTES] for start in range(0, len(residual), CHUNK_BYTES)]
+    about = {
+        "images_sha256": hash_tensor(original.images),
+        "labels": original.labels.tolist(),
+        "classes": original.classes,
+        "names": original.names,
+    }
+    residual = (original.images - locked).numpy().tobytes()  # uint8 wraps around, here and back
+    content = zlib.compress(json.dumps(about).encode() + b"\n" + residual, level=1)
+    chunks = [content[start : start + CHUNK_BYTES] for start in range(0, len(content), CHUNK_BYTES)]
     sealed = []
     for index, chunk in enumerate(chunks):
         nonce = os.urandom(NONCE_BYTES)
@@ -59,15 +81,19 @@ def seal(originals, locked, key, context):
 
 
 def unseal(sealed, locked, key, context):
-    """The original images, from the bytes of seal and locked images uint8; raises UserError where anything differs."""
+    """The original Split, from the bytes of seal and locked images uint8; raises UserError where anything differs."""
     step = NONCE_BYTES + CHUNK_BYTES + TAG_BYTES
     chunks = [sealed[start : start + step] for start in range(0, len(sealed), step)]
-    residual = []
+    content = []
     try:
         for index, chunk in enumerate(chunks):
             nonce, encrypted = chunk[:NONCE_BYTES], chunk[NONCE_BYTES:]
-            residual.append(AESGCM(key).decrypt(nonce, encrypted, f"{context} {index} of {len(chunks)}".encode()))
-        residual = torch.frombuffer(bytearray(zlib.decompress(b"".join(residual))), dtype=torch.uint8)
+            content.append(AESGCM(key).decrypt(nonce, encrypted, f"{context} {index} of {len(chunks)}".encode()))
+        about, _, residual = zlib.decompress(b"".join(content)).partition(b"\n")
     except (InvalidTag, ValueError, zlib.error) as error:
         raise UserError(f"cannot unlock {context}: the key is another, or a file was changed") from error
-    return locked + residual.view_as(locked)
+    about, residual = json.loads(about), torch.frombuffer(bytearray(residual), dtype=torch.uint8)
+    images = locked + residual.view_as(locked) if residual.numel() == locked.numel() else locked
+    if hash_tensor(images) != about["images_sha256"]:
+        raise UserError(f"cannot unlock {context}: the locked images are not those that were sealed")
+    return Split(images, torch.tensor(about["labels"]), about["classes"], about["names"])

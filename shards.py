@@ -7,6 +7,7 @@ replaced with others unasked.
 import io
 import itertools
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ import lockfiles
 import sealing
 import utils
 from data import SPLITS
-from lockfiles import attacks_of, hash_tensor, sha256
+from lockfiles import Paths, attacks_of, hash_tensor, sha256
 from utils import UserError, write_file
 
 # Settings
@@ -53,9 +54,10 @@ def refuse_others(where, then, now):
     then, now = utils.flatten(then), utils.flatten(now)
     for key in {**now, **then}:
         if then.get(key) != now.get(key):
-            old, new = (str(values.get(key))[:40] for values in (then, now))
+            old, new = str(then.get(key)), str(now.get(key))
+            start = max(0, len(os.path.commonprefix([old, new])) - 10)  # long ones may begin alike
             raise UserError(
-                f"{where} was made with {key} {old}, but now it is {new}; "
+                f"{where} was made with {key} {old[start:][:40]}, but now it is {new[start:][:40]}; "
                 "name another folder with --lock-data, or replace it with --overwrite"
             )
 
@@ -81,12 +83,23 @@ def finished(paths, settings, overwrite):
     return None
 
 
-def check_finished(paths, manifest, key):
-    """Raise UserError where a file of a finished lock has changed, or where a seal cannot be added to it."""
+def check_finished(paths, manifest, key_out):
+    """Raise UserError where a file of a finished lock has changed, or where its seal is of another key."""
     for error in lockfiles.check_files(paths, manifest):
         raise UserError(f"{error}; lock again with --overwrite")
-    if key and manifest["sealed_with"] not in (None, sealing.fingerprint(key)):
-        raise UserError(f"{paths.manifest}: sealed with another key than that of --key-out; name its own")
+    sealed_with = manifest["sealed_with"]
+    if key_out and sealed_with and sealing.fingerprint(sealing.read_key(key_out)) != sealed_with:
+        raise UserError(f"--key-out {key_out}: {paths.manifest} is sealed with another key; name that one")
+
+
+def check_places(places, args):
+    """Raise UserError where a lock would replace what is not of a lock, or even the originals."""
+    for paths in places.values():
+        if "png" in args.format and paths.tree.exists() and not paths.has_tree():
+            raise UserError(f"{paths.tree} exists, and is not of a lock; name another folder with --lock-data")
+        tree, originals = paths.tree.resolve(), Path(args.orig_data).resolve()
+        if tree == originals or tree in originals.parents:
+            raise UserError(f"--lock-data {args.lock_data}: {tree} would replace --orig-data; name another folder")
 
 
 def prepare(places, settings, args):
@@ -94,15 +107,16 @@ def prepare(places, settings, args):
 
     Raises UserError before anything is changed.
     """
-    for paths in places.values():
-        if "png" in (args.format or []) and paths.tree.exists() and not paths.has_tree():
-            raise UserError(f"{paths.tree} exists, and is not of a lock; name another folder with --lock-data")
+    check_places(places, args)
     manifests = {method: finished(paths, settings[method], args.overwrite) for method, paths in places.items()}
-    key = sealing.make_key(args.key_out) if args.key_out else None
     for method, paths in places.items():
         if manifests[method]:
-            check_finished(paths, manifests[method], key)
+            check_finished(paths, manifests[method], args.key_out)
+    if args.key_out:
+        sealing.make_key(args.key_out)
     for method, paths in places.items():
+        for folder in (paths.staging, paths.trash):  # left by a process that was killed
+            shutil.rmtree(folder, ignore_errors=True)
         if not manifests[method]:
             begin(paths, settings[method])
     return manifests
@@ -110,14 +124,19 @@ def prepare(places, settings, args):
 
 def begun_with(paths):
     """The settings of the shards of an interrupted lock, or None where there are none."""
-    shards = [path for split in SPLITS for path in paths.partial.glob(f"{split}_*")]
-    return lockfiles.read_json(paths.partial / "settings.json") if shards else None
+    has_shards = any(next(paths.partial.glob(f"{split}_*"), None) for split in SPLITS)
+    path = paths.partial / "settings.json"
+    return lockfiles.read_json(path) if has_shards and path.exists() else None
 
 
 def begin(paths, settings):
     """Make the folder of shards, with those of an interrupted lock of these settings in it."""
-    if begun_with(paths) != settings:
-        shutil.rmtree(paths.partial, ignore_errors=True)
+    try:
+        begun = begun_with(paths)
+    except UserError:  # damaged, and to be overwritten: finished() has seen it
+        begun = None
+    if begun != settings:
+        utils.discard(paths.partial, paths.trash)
         paths.partial.mkdir()
         write_file(paths.partial / "settings.json", json.dumps(settings).encode())
 
@@ -131,9 +150,9 @@ def shard_path(paths, split, start):
 
 
 def missing(places, split, starts):
-    """The batches of a split without a shard, by the image that each begins at, and the methods that lack it."""
+    """The batches of a split without a whole shard, by the image that each begins at, and the methods that lack it."""
     lacking = {
-        start: [method for method, paths in places.items() if not shard_path(paths, split, start).exists()]
+        start: [method for method, paths in places.items() if read_shard(paths, split, start) is None]
         for start in starts
     }
     return {start: methods for start, methods in lacking.items() if methods}
@@ -143,22 +162,29 @@ def write_all(places, split, starts, made):
     """Keep what lock_batch returned for the batches that begin at starts; made holds it with its environment."""
     for start, (results, made_with) in zip(starts, made):
         for method, (locked, measured) in results.items():
-            file = io.BytesIO()
-            torch.save({"locked": locked, "measured": measured, "made_with": made_with}, file)
-            write_file(shard_path(places[method], split, start), file.getvalue())
+            path, file = shard_path(places[method], split, start), io.BytesIO()
+            torch.save({"of": path.name, "locked": locked, "measured": measured, "made_with": made_with}, file)
+            write_file(path, file.getvalue())
+
+
+def read_shard(paths, split, start):
+    """A shard as the dict that was written, or None where there is none, or none that is whole."""
+    path = shard_path(paths, split, start)
+    try:
+        shard = lockfiles.load_whole(path)
+        return shard if shard["of"] == path.name else None
+    except Exception:  # absent, or damaged, which fails in many ways; all mean the same: this batch is to be locked
+        return None
 
 
 def read_shards(paths, split, starts):
     """Of a whole split the locked images uint8 [N, 3, H, W], the measurements by name [N], and every environment."""
-    shards = []
-    for path in (shard_path(paths, split, start) for start in starts):
-        try:
-            shards.append(lockfiles.load_whole(path))
-        except Exception as error:  # a damaged file fails in many ways; all mean the same here
-            reason = utils.first_line(error)
-            raise UserError(f"{path}: damaged ({reason}); delete it, and run the same command again") from error
-    measured = {name: torch.cat([shard["measured"][name] for shard in shards]) for name in shards[0]["measured"]}
-    return torch.cat([shard["locked"] for shard in shards]), measured, [shard["made_with"] for shard in shards]
+    found = [read_shard(paths, split, start) for start in starts]
+    if None in found:
+        path = shard_path(paths, split, starts[found.index(None)])
+        raise UserError(f"{path}: damaged since it was written; the same command locks it again")
+    measured = {name: torch.cat([shard["measured"][name] for shard in found]) for name in found[0]["measured"]}
+    return torch.cat([shard["locked"] for shard in found]), measured, [shard["made_with"] for shard in found]
 
 
 def environment(device):
@@ -198,12 +224,12 @@ def finish(paths, settings, splits, formats, key):
     """Put the shards together, and write the files of a lock and, last of all, its manifest; returns the manifest."""
     locked, summaries, environments = {}, {}, []
     for split, (images, *_) in splits.items():
-        locked[split], measured, made_with = read_shards(paths, split, range(0, len(images), settings["batch_size"]))
+        starts = range(0, len(images), settings["batch_size"])
+        locked[split], measured, made_with = read_shards(paths, split, starts)
         summaries[split] = summarize(measured, settings["method"])
         for one in made_with:
             if one not in environments:
                 environments.append(one)
-    paths.remove()
     manifest = {
         "settings": settings,
         "report": summaries,
@@ -213,48 +239,66 @@ def finish(paths, settings, splits, formats, key):
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    manifest = write_outputs(paths, manifest, splits, locked, formats, key)
-    shutil.rmtree(paths.partial)
-    return manifest
-
-
-def write_outputs(paths, manifest, splits, locked, formats, key):
-    """Write a lock in the formats, sealed where there is a key, and then the manifest that lists it; returns that."""
-    files = dict(manifest["files"])
-    shutil.rmtree(paths.staging, ignore_errors=True)  # left by a process that was killed
-    for split, original in splits.items():
-        if "tensor" in formats:
-            for kind, tensor in {"image": locked[split], "label": original.labels}.items():
-                content = lockfiles.to_bytes(tensor)
-                write_file(paths.file(split, kind), content)
-                described = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
-                files[paths.name(paths.file(split, kind))] = {"sha256": sha256(content), **described}
-        if "png" in formats:
-            content = lockfiles.write_tree(paths.staging, split, locked[split], original.names)
-            files[paths.name(paths.sums(split))] = {"sha256": sha256(content), "shape": list(locked[split].shape)}
-        if key:
-            context = f"{paths.suffix} {split} {hash_tensor(locked[split])} {hash_tensor(original.images)}"
-            content = sealing.seal(original.images, locked[split], key, context)
-            write_file(paths.file(split, "sealed"), content)
-            files[paths.name(paths.file(split, "sealed"))] = {"sha256": sha256(content)}
-    if "png" in formats:
-        shutil.rmtree(paths.tree, ignore_errors=True)
-        paths.staging.rename(paths.tree)
-        utils.sync_disks()
-    manifest = {**manifest, "files": files, "sealed_with": sealing.fingerprint(key) if key else manifest["sealed_with"]}
-    write_file(paths.manifest, json.dumps(manifest, indent=1).encode())
+    files = stage(paths, splits, locked, formats, key)
+    paths.remove()  # an older lock, which was whole until now
+    manifest = publish(paths, manifest, files, key)
+    utils.discard(paths.partial, paths.trash)
     return manifest
 
 
 def add_outputs(paths, manifest, splits, formats, key):
     """Write what of the formats and the seal a finished lock lacks; returns its manifest."""
-    missing = [form for form in formats if form not in lockfiles.formats_of(paths, manifest)]
+    if begun_with(paths) == manifest["settings"]:  # it was finished, but the process killed before it deleted these
+        utils.discard(paths.partial, paths.trash)
+    formats = [form for form in formats if form not in lockfiles.formats_of(paths, manifest)]
     key = key if manifest["sealed_with"] is None else None
-    shutil.rmtree(paths.partial, ignore_errors=True)  # left by a process that was killed
-    if not missing and not key:
+    if not formats and not key:
         return manifest
-    locked = {split: lockfiles.load_split(paths, split, manifest).images for split in splits}
-    return write_outputs(paths, manifest, splits, locked, missing, key)
+    locked = {split: lockfiles.load_split(paths, split, manifest)[0] for split in splits}
+    return publish(paths, manifest, stage(paths, splits, locked, formats, key), key)
+
+
+def stage(paths, splits, locked, formats, key):
+    """Write the files of a lock, in the formats, and sealed where there is a key, but not yet in their places.
+
+    Returns what a manifest says of them, by name.
+    """
+    files, staged = {}, Paths(paths.staging, paths.suffix)
+    for split, original in splits.items():
+        made = {}
+        if "tensor" in formats:
+            for kind, tensor in {"image": locked[split], "label": original.labels}.items():
+                described = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+                made[staged.file(split, kind)] = lockfiles.to_bytes(tensor), described
+        if key:
+            made[staged.file(split, "sealed")] = (
+                sealing.seal(original, locked[split], key, f"{paths.suffix} {split}"),
+                {},
+            )
+        if "png" in formats:
+            sums = lockfiles.write_tree(staged.tree / split, original._replace(images=locked[split]))
+            content = "".join(f"{expected}  {split}/{name}\n" for name, expected in sums.items())
+            made[staged.sums(split)] = content.encode(), {"shape": list(locked[split].shape)}
+        for path, (content, described) in made.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, content)
+            files[staged.name(path)] = {"sha256": sha256(content), **described}
+    utils.sync_disks()
+    return files
+
+
+def publish(paths, manifest, files, key):
+    """Move staged files into their places, and then write the manifest that lists them too; returns that."""
+    if paths.has_tree() and paths.name(paths.sums("train")) in files:
+        utils.discard(paths.tree, paths.trash)  # of a process that was killed before it wrote the manifest
+    for path in paths.staging.iterdir():
+        os.replace(path, paths.folder / path.name)
+    paths.staging.rmdir()
+    utils.sync_folder(paths.folder)
+    sealed_with = sealing.fingerprint(key) if key else manifest["sealed_with"]
+    manifest = {**manifest, "files": {**manifest["files"], **files}, "sealed_with": sealed_with}
+    write_file(paths.manifest, json.dumps(manifest, indent=1).encode())
+    return manifest
 
 
 def commit():

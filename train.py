@@ -173,14 +173,18 @@ def load_data(config):
         where = config.get(f"{name}_image", config.orig_data_path)
         height, width = images.shape[2:]
         if max(height, width) != config.input_size:
-            raise UserError(f"{where}: images are {width}x{height} pixels, but input_size is {config.input_size}")
+            size, wanted = f"{width}x{height} pixels", max(height, width)
+            raise UserError(f"{where}: images are {size}, but input_size is {config.input_size}; set it to {wanted}")
         if labels.min() < 0 or labels.max() >= config.num_classes:
             found = f"labels go from {labels.min()} to {labels.max()}"
             raise UserError(f"{where}: {found}, but num_classes is {config.num_classes}")
+    lacking = [config[f"locked_{split}_image"] for split, manifest in manifests.items() if not manifest]
+    if len(lacking) == 1:
+        raise UserError(f"{lacking[0]}: has no manifest, but the files of the other split do; name those of one lock")
     for split, manifest in manifests.items():
         if manifest:
-            check_manifest(manifest, split, manifests["train"] or manifest, original, config)
-    return data, manifests["train"] and manifests["test"]
+            check_manifest(manifest, split, manifests["train"], original, config)
+    return data, manifests["train"]
 
 
 def check_manifest(manifest, split, train_manifest, original, config):
@@ -192,6 +196,9 @@ def check_manifest(manifest, split, train_manifest, original, config):
         raise UserError(f"{path}: the data set is {settings['dataset']}, but the config says {config.dataset}")
     if settings["classes"] != original.classes:
         raise UserError(f"{path}: its classes are not those of {config.orig_data_path}; name the data that was locked")
+    if len(settings["classes"]) != config.num_classes:
+        found = f"{len(settings['classes'])} classes"
+        raise UserError(f"{path}: has {found}, but num_classes is {config.num_classes}; set it to that")
     if settings != train_manifest["settings"]:
         raise UserError(f"{path}: another lock than that of {config.locked_train_image}; name the files of one lock")
     if split == "test":
@@ -223,6 +230,9 @@ def pictures(originals, locked):
 # So may epochs, where the schedule is STEP. Any other key would make it a different run.
 PATHS = [key for key in CONFIG if key.startswith(("locked_", "orig_data", "ckpt_"))]
 FREE_ON_RESUME = {"eval_freq", "test_batch", "use_gpu", "workers", *PATHS}
+
+
+CHECKPOINT_KEYS = {"epoch", "model", "optimizer", "history", "config", "data", "rng", "cuda_rng"}
 
 
 def previous(checkpoint):
@@ -258,11 +268,16 @@ def read_checkpoint(checkpoint, log):
             continue
         try:
             state = load_whole(path)
-            log(f"resumed after epoch {state['epoch']}, from {path}")
-            return state
+            if not CHECKPOINT_KEYS <= state.keys():
+                raise ValueError("not a checkpoint of train.py")
         except Exception as error:  # a damaged file fails in many ways; all mean the same here
             damaged = f"{path}: damaged ({utils.first_line(error)})"
             log(f"{damaged}; looking for the one before")
+            continue
+        log(f"resumed after epoch {state['epoch']}, from {path}")
+        if damaged:
+            checkpoint.unlink()  # so that it never takes the place of the one before
+        return state
     if damaged:
         raise UserError(f"{damaged}, and there is no other; start again with --overwrite")
     log(f"nothing to resume in {checkpoint}: starting at epoch 1")
@@ -278,6 +293,8 @@ def restore(state, model, optimizer, config, data_hash):
     for key, now in flatten(config).items():
         if key not in free and (then := before.get(key)) != now:
             raise UserError(f"--resume: the run was trained with {key} {then}, but it is {now} now; set it back")
+    if state["epoch"] > config.epochs:
+        raise UserError(f"--resume: the run has {state['epoch']} epochs already; it cannot end after {config.epochs}")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])
@@ -325,6 +342,8 @@ def parse_arguments():
 def prepare_folder(folder, args):
     """Empty a run's folder, but for --resume; raises UserError where that would lose a run."""
     found = [path for path in folder.iterdir() if path.name != ".lock"]
+    if args.resume and args.overwrite:
+        raise UserError("--resume goes on with a run, --overwrite starts it again: give one of them")
     if args.resume or not found:
         return
     if not args.overwrite:
@@ -358,7 +377,7 @@ def log_to(path):
 
     def log(line):
         print(line, flush=True)
-        with open(path, "a") as file:
+        with utils.naming(path), open(path, "a") as file:
             file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n")
 
     return log
@@ -469,7 +488,7 @@ def main():
     data, manifest = load_data(config)
     suffix = split_path(Path(config.locked_train_image))[0].suffix or Path(config.locked_train_image).name
     folder = Path(args.work_path, suffix, f"seed{config.seed}")
-    with utils.exclusive(folder):
+    with utils.exclusive(folder), utils.naming(folder):
         prepare_folder(folder, args)
         run(args, config, data, manifest, folder, suffix)
 

@@ -4,8 +4,10 @@ import argparse
 import difflib
 import math
 import os
+import shutil
 import sys
 import tempfile
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,7 +37,7 @@ def number(kind, low, high=math.inf):
 
     def parse(text):
         value = kind(text)
-        if not (math.isfinite(value) and low <= value <= high):
+        if not (low <= value <= high and value < math.inf):  # not so for NaN either
             raise ValueError
         return value
 
@@ -45,6 +47,7 @@ def number(kind, low, high=math.inf):
 
 def run_command(main, if_interrupted="nothing more was written"):
     """Call main(); a mistake of the user's becomes one line on standard error and exit code 2, Ctrl-C exit code 130."""
+    threading.excepthook = quiet_excepthook
     try:
         main()
     except KeyboardInterrupt:
@@ -52,8 +55,19 @@ def run_command(main, if_interrupted="nothing more was written"):
         sys.exit(130)
     except (UserError, OSError, torch.cuda.OutOfMemoryError) as error:
         message = "the GPU's memory is full; take smaller batches" if isinstance(error, RuntimeError) else error
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {printable(message)}", file=sys.stderr)
         sys.exit(2)
+
+
+def quiet_excepthook(args):
+    """Say nothing of an OSError in a thread: TensorBoard's writer raises it again in the main thread."""
+    if not issubclass(args.exc_type, OSError):
+        threading.__excepthook__(args)
+
+
+def printable(text):
+    """A text on one line, and without what would steer a terminal: some of it was read from files of others."""
+    return "".join(character if character.isprintable() else " " for character in str(text))
 
 
 def check_known(name, known, what):
@@ -73,11 +87,11 @@ def did_you_mean(word, known):
 
 @contextmanager
 def naming(path):
-    """Let every OSError inside name the file: that of a full disk does not by itself."""
+    """Let every OSError inside name a file, this one if no other: that of a full disk does not by itself."""
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(error.errno, error.strerror or str(error), str(error.filename or path)) from error
 
 
 def write_file(path, content, mode=0o666):
@@ -90,7 +104,7 @@ def write_file(path, content, mode=0o666):
     with naming(path):
         try:
             temporary.unlink(missing_ok=True)  # a killed process leaves it behind
-            with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -109,6 +123,14 @@ def sync_folder(path):
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def discard(folder, trash):
+    """Delete a folder, which has its name until it is moved to trash, whole: that may be left behind, half deleted."""
+    shutil.rmtree(trash, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, trash)
+        shutil.rmtree(trash)
 
 
 def make_folder(path):

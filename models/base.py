@@ -286,7 +286,7 @@ def check_arguments(args):
     goes_on = args.eval_only or (args.resume and Path(args.resume).resolve().parent == folder.resolve())
     if args.exp_name and not goes_on and (folder / "checkpoint.pt.best").exists():
         raise UserError(
-            f"--exp-name {args.exp_name}: {folder} holds a trained classifier already; choose another name, "
+            f"--exp-name {args.exp_name}: {folder} holds a classifier already, finished or not; choose another name, "
             f"delete the folder, or go on with --resume {folder}/checkpoint.pt.latest --resume-optimizer 1"
         )
     DATASETS[args.dataset].load(args.data, "test")

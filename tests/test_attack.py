@@ -6,7 +6,7 @@ from torch import nn
 import lock
 from models.base import ROBUSTNESS_DATASETS, AttackerModel, DummyModel, Surrogate, attacker_model, cuda_optional
 from tests.conftest import small_classifier
-from utils import PRECISIONS, pick_precision
+from utils import PRECISIONS, UserError, pick_precision
 
 
 def saturated_images(n, size=16):
@@ -83,6 +83,14 @@ def test_an_image_that_no_step_improves_is_kept():
     constant = nn.Sequential(nn.Flatten(), nn.Linear(768, 2))
     constant[1].weight.data.zero_()
     assert torch.equal(lock.attack(constant, images, torch.tensor([0, 1, 0]), 0.5, 0.1, 3), images)
+
+
+def test_a_classifier_without_finite_losses_is_no_lock():
+    """Finite weights do not make them so: a negative variance, say, or float16 that overflows."""
+    classifier = small_classifier()
+    classifier[1].running_var -= 100
+    with pytest.raises(UserError, match="no finite loss"):
+        lock.attack(classifier, saturated_images(3), torch.tensor([0, 1, 0]), 0.5, 0.1, 3)
 
 
 def test_an_image_is_attacked_alike_in_any_batch():

@@ -106,11 +106,16 @@ def test_resume_where_nothing_was_started_starts(place, command, capsys):
 
 def test_what_a_run_may_be_resumed_with(place, command, user_error, tmp_path):
     """The same data under another path, and more epochs where the schedule does not depend on them."""
-    (tmp_path / "train_image_basic").write_bytes((place / "train_image_basic").read_bytes())
-    moved = ["--locked_train_image", tmp_path / "train_image_basic"]
+    for path in place.glob("*_basic*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    moved = ["--lock-data", tmp_path]
     run = ["--work-path", place / "preresnet8", "--seed", 10]
     command(train.main, *run, "--epochs", 1)
     command(train.main, *run, "--epochs", 2, "--resume", *moved)
+    line = user_error(train.main, *run, "--epochs", 1, "--resume")
+    assert "the run has 2 epochs already; it cannot end after 1" in line
+    assert "give one of them" in user_error(train.main, *run, "--epochs", 3, "--resume", "--overwrite")
+    (tmp_path / "lock_basic.json").unlink()
     (tmp_path / "train_image_basic").write_bytes((place / "train_image_50_horiz").read_bytes())
     assert "trained on other data" in user_error(train.main, *run, "--epochs", 2, "--resume", *moved)
     cosine = [*run, "--seed", 11, "--lr_scheduler.type", "COSINE"]
@@ -150,6 +155,9 @@ def test_mistakes_in_training(place, user_error, command, tmp_path):
     assert f"{tmp_path}/train_image_50_horiz: no such file" in user_error(train.main, "--work-path", work, *elsewhere)
     line = user_error(train.main, "--work-path", work, "--lock-method", "mixup", "--lambd", 0.3)
     assert f"train_image_30_mixup: no such file; make it with python lock.py --lock-data {place}" in line
+    assert "epochs is 1000" in user_error(train.main, "--work-path", work, "--epochs", 10**401)
+    assert "expected a number" in user_error(train.main, "--work-path", work, "--lr_scheduler.base_lr", 10**401)
+    assert "ckpt_path" in user_error(train.main, "--work-path", work, "--ckpt_path", tmp_path)
     assert "--alpha goes with --lock-method" in user_error(train.main, "--work-path", work, "--alpha", 0.3)
     assert "num_classes is 5" in user_error(train.main, "--work-path", work, "--num_classes", 5)
     assert "input_size is 28" in user_error(train.main, "--work-path", work, "--input_size", 28)
@@ -168,13 +176,15 @@ def test_mistakes_in_locking(place, user_error, tmp_path):
     assert "unknown name 'resnet49'" in user_error(lock.main, *elsewhere, "--arch", "resnet49")
     assert "CIFAR-10 is not there" in user_error(lock.main, *elsewhere, "--dataset", "cifar", "--orig-data", tmp_path)
     assert "--alpha" in user_error(lock.main, *elsewhere, "--alpha", 1.5)
+    assert "--attack-steps" in user_error(lock.main, *elsewhere, "--attack-steps", 10**401)
+    assert "holds no lock" in user_error(lock.main, "--verify", "")
     assert "--lock-method" in user_error(lock.main, *elsewhere, "--lock-method", "vertical")
     assert not (tmp_path / "new").exists()
 
 
 def test_mistakes_in_the_base_classifier(place, user_error, tmp_path):
     flags = ["--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--out-dir", place, "--exp-name", "base"]
-    assert "holds a trained classifier already" in user_error(base.train, *flags)
+    assert "holds a classifier already, finished or not" in user_error(base.train, *flags)
     assert "--dataset is required" in user_error(base.train, *flags[2:])
     assert "--adv-train required" in user_error(base.train, *flags[:2], *flags[4:])
     assert "unknown name 'resnet49'" in user_error(base.train, *flags, "--exp-name", "new", "--arch", "resnet49")

@@ -111,16 +111,21 @@ def test_a_training_that_is_killed_and_started_again_ends_as_one_that_was_not(pl
             assert disturbed.read_bytes() == undisturbed.read_bytes()
 
 
-def test_a_full_disk_costs_no_shard(place, tmp_path):
+def test_a_full_disk_costs_no_shard_and_no_older_lock(place, tmp_path):
     """The shards of 40 images fit, the file of all 96 does not."""
     flags, output = lock_flags(place, tmp_path / "full"), tmp_path / "output"
     assert finish(lock.main, flags, output, file_size=200_000) == 2
     last = output.read_text().splitlines()[-1]
-    assert last == f"command: error: [Errno 27] File too large: '{tmp_path}/full/train_image_basic'"
+    assert last == f"command: error: [Errno 27] File too large: '{tmp_path}/full/.new_basic/train_image_basic'"
     assert finish(lock.main, flags, output) == 0
     assert "images in" not in output.read_text()  # nothing was attacked again
     for name in ("train_image_basic", "test_image_basic"):
         assert (tmp_path / "full" / name).read_bytes() == (place / name).read_bytes()
+    before = contents(tmp_path / "full")
+    assert finish(lock.main, [*flags, "--eps", 0.7, "--overwrite"], file_size=200_000) == 2
+    assert before[0] == contents(tmp_path / "full")[0] and before[1].items() <= contents(tmp_path / "full")[1].items()
+    assert finish(lock.main, [*flags, "--eps", 0.7, "--overwrite"], output) == 0
+    assert "images in" not in output.read_text() and contents(tmp_path / "full")[0]["settings"]["eps"] == 0.7
 
 
 @pytest.fixture
@@ -147,7 +152,12 @@ def test_a_checkpoint_that_is_cut_short_costs_one_epoch(run, tmp_path):
     checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
     assert finish(train.main, [*flags, "--epochs", 3], tmp_path / "output") == 0
     lines = (tmp_path / "output").read_text()
-    assert f"{checkpoint}: damaged" in lines and f"resumed after epoch 1, from {checkpoint.parent}/ckpt_prev" in lines
+    assert f"{checkpoint}: damaged" in lines
+    assert f"resumed after epoch 1, from {checkpoint.parent}/ckpt_prev" in lines
+    checkpoint.write_bytes(b"")
+    assert train.read_checkpoint(checkpoint, log=print)["epoch"] == 2
+    assert not checkpoint.exists()  # or else it would take the place of the one before, at the next save
+    assert finish(train.main, [*flags, "--epochs", 3]) == 0
     other = tmp_path / "undisturbed"
     other.mkdir()
     (other / "config.yaml").write_text((tmp_path / "config.yaml").read_text())
@@ -203,7 +213,7 @@ def test_a_locked_file_that_is_damaged(place, user_error, tmp_path, name):
     line = user_error(train.main, "--work-path", place / "preresnet8", "--lock-data", folder, "--seed", 20)
     assert f"{folder}/{name}: changed or damaged since it was locked" in line
     assert f"{folder}/{name}: changed or damaged" in user_error(lock.main, *lock_flags(place, folder))
-    assert "1 of the files above are absent or have changed" in user_error(lock.main, "--verify", folder)
+    assert "1 files are not as they were locked" in user_error(lock.main, "--verify", folder)
 
 
 def test_labels_outside_the_target_maps(place, user_error, monkeypatch, tmp_path):

@@ -14,6 +14,11 @@ import train
 from models import base
 from utils import UserError
 
+# A PNG of 1x1 pixels with 16 bits a colour, which Pillow reads, but cannot write.
+RGB16 = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000011002000000c0e78f9d0000000c49444154789c6310320141"
+    "0002b300d3fab702450000000049454e44ae426082"
+)
 COLOURS = torch.randint(256, (9, 12, 3), dtype=torch.uint8).numpy()
 
 
@@ -57,15 +62,18 @@ def test_a_jpeg_is_turned_upright(folder):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lambda f: write(f, "test/cow/f.png"), "test: the classes differ from those in .*train: cow"),
+        (lambda f: write(f, "test/cow/f.png"), "train: lacks the classes cow, which .*test has"),
         (lambda f: write(f, "test/cat/f.png", Image.new("RGB", (12, 10))), "f.png: is 12x10 pixels, but .* is 12x9"),
         (lambda f: write(f, "test/cat/f.gif"), "f.gif: is neither PNG nor JPEG"),
         (lambda f: write(f, "test/cat/f.png", Image.new("I;16", (12, 9))), "f.png: its pixels are I;16"),
         (lambda f: write(f, "test/cat/f.png", Image.new("RGBA", (12, 9))), "f.png: parts of it are transparent"),
-        (lambda f: write(f, "test/cat/d.jpg"), "two images would be named cat/d.png"),
+        (lambda f: write(f, "test/cat/d.jpg"), "two images, or an image and a folder, would be named cat/d.png"),
+        (lambda f: [write(f, "test/cat/f.jpg"), write(f, "test/cat/f.png/g.png")], "would be named cat/f.png"),
+        (lambda f: (f / "test/cat/f.png").write_bytes(RGB16), "f.png: its pixels are RGB;16B; convert it to 8-bit"),
         (lambda f: (f / "test/cat/f.png").write_bytes(b"no image"), "f.png: cannot be read as an image"),
         (lambda f: (f / "test/dog/e.png").unlink(), "test: expected a folder of images for each class"),
-        (lambda f: (f / "test").rename(f / "val"), "test: expected a folder of images for each class"),
+        (lambda f: (f / "test").rename(f / "val"), "test: no such folder; images go into .*test/<class>/"),
+        (lambda f: write(f, "train/cow/f.png"), "test: lacks the classes cow, which .*train has"),
     ],
 )
 def test_what_cannot_be_read(folder, spoil, message):
@@ -89,9 +97,8 @@ def digits(tmp_path_factory):
     for split in data.SPLITS:
         part = data.load_digits(None, split)
         chosen = ((part.labels >= 3) & (part.labels <= 6)).nonzero().flatten().tolist()
-        lockfiles.write_tree(
-            root / "photos", split, part.images[chosen, :, 4:24, 4:28], [part.names[index] for index in chosen]
-        )
+        images, names = part.images[chosen, :, 4:24, 4:28], [part.names[index] for index in chosen]
+        lockfiles.write_tree(root / "photos" / split, part._replace(images=images, names=names))
     with pytest.MonkeyPatch.context() as patch:
         flags = ["--dataset", "folder", "--data", root / "photos", "--adv-train", 0, "--arch", "preresnet8",
                  "--out-dir", root, "--exp-name", "base", "--epochs", 2, "--workers", 0]  # fmt: skip
@@ -127,7 +134,7 @@ def test_the_three_commands_and_back(digits, command, user_error, tmp_path):
     assert restored.names == originals.names and torch.equal(restored.images, originals.images)
 
     again = ["--work-path", tmp_path, "--lock-data", locked, "--seed", 1]
-    assert "labels go from 0 to 3, but num_classes is 3" in user_error(train.main, *again, "--num_classes", 3)
+    assert "has 4 classes, but num_classes is 5; set it to that" in user_error(train.main, *again, "--num_classes", 5)
     line = user_error(train.main, *again, "--architecture", "vgg19")
     assert "vgg19: does not take images of 24x20 pixels; choose another" in line
 

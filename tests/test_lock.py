@@ -151,8 +151,13 @@ def test_report():
         "base classifier, on the originals 75.00% right attacks that reach their target T1 50.00% "
         "locked images, sent to a target 25.00%, still given the true label 0.00% "
         "L2 distance to the originals mean 0.300, largest 0.500 "
-        "likeness PSNR 41.00 dB, SSIM 0.9000, 1 images unchanged"
+        "likeness PSNR 41.00 dB, SSIM 0.9000, 1 images unchanged "
+        "WEAK: many attacks miss their target: raise --eps and --attack-lr, or --attack-steps"
     )
+    strong = {**measured, "T1": torch.ones(4)}
+    assert not list(lock.weaknesses(shards.summarize(strong, "basic")))
+    blind = {**strong, "base": torch.zeros(4)}
+    assert "wrong on most originals" in " ".join(lock.weaknesses(shards.summarize(blind, "basic")))
 
 
 def test_measurements():

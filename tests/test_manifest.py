@@ -1,6 +1,7 @@
 """What stands in a manifest, what is checked against it, and what is not done twice."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 import data
 import lock
 import lockfiles
+import shards
 import train
 from tests.conftest import lock_flags
+
+write_locks = lock.write_locks
 
 
 @pytest.fixture
@@ -105,9 +109,9 @@ def test_files_that_do_not_belong_together(place, locked, user_error, monkeypatc
 
 def test_verify(place, locked, command, user_error, capsys):
     command(lock.main, "--verify", locked)
-    assert "2 locks, every file is as it was locked" in capsys.readouterr().out
+    assert "every file of lock_50_horiz.json, lock_basic.json is as it was locked" in capsys.readouterr().out
     (locked / "train_label_basic").unlink()
-    assert "1 of the files above are absent or have changed" in user_error(lock.main, "--verify", locked)
+    assert "1 files are not as they were locked" in user_error(lock.main, "--verify", locked)
     (locked / "lock_basic.json").write_text("{}")
     assert "lock_basic.json: not a manifest of lock.py" in user_error(lock.main, "--verify", locked)
     (locked / "lock_basic.json").write_text((place / "lock_basic.json").read_text()[:100])
@@ -115,15 +119,134 @@ def test_verify(place, locked, command, user_error, capsys):
     assert "holds no lock_*.json" in user_error(lock.main, "--verify", locked / "none")
 
 
-def test_verify_looks_at_no_file_outside_the_lock(locked, user_error, capsys):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest.update(files={"../secret": {"sha256": lockfiles.sha256(b"secret")}}),
+        lambda manifest: manifest["files"].popitem(),
+        lambda manifest: manifest.update(sealed_with="0" * 16),
+        lambda manifest: manifest["settings"].update(classes=["../../evil", *"123456789"]),
+        lambda manifest: manifest["settings"].pop("subset"),
+        lambda manifest: manifest["report"]["test"].pop("psnr"),
+        lambda manifest: manifest["report"]["train"].update(l2_mean=10**400),
+        lambda manifest: manifest["report"]["train"]["attacks"].update({"{0}\nevery file is as it was locked": 1}),
+    ],
+)
+def test_a_manifest_that_no_lock_writes(locked, user_error, change):
+    """Among them what would make --verify read other files, or print what it did not find out."""
+    (locked.parent / "secret").write_text("secret")
     manifest = manifest_of(locked)
-    secret = locked.parent / "secret"
-    secret.write_text("secret")
-    manifest["files"] = {"../secret": {"sha256": lockfiles.sha256(b"secret")}}
+    change(manifest)
     (locked / "lock_basic.json").write_text(json.dumps(manifest))
-    (locked / "lock_50_horiz.json").unlink()
-    line = user_error(lock.main, "--verify", locked)
-    assert "lock_basic.json: not a manifest of lock.py: files is not as it should be" in line
+    assert "lock_basic.json: not a manifest of lock.py" in user_error(lock.main, "--verify", locked)
+
+
+def test_verify_finds_what_does_not_belong_there(place, locked, command, user_error, capsys):
+    command(lock.main, *lock_flags(place, locked), "--format", "png")
+    (locked / "train" / "0").mkdir(parents=True)
+    wrong = {
+        locked / "basic" / "train" / "0" / "more.png": lambda path: path.write_bytes(b"more"),
+        locked / "basic" / "val" / "0.png": lambda path: (path.parent.mkdir(), path.write_bytes(b"more")),
+        locked / "basic" / "train" / "0" / "link": lambda path: path.symlink_to(locked / "train" / "0"),
+        locked / "train_sealed_basic": lambda path: path.write_bytes(b"more"),
+    }
+    for path, make in wrong.items():
+        command(lock.main, "--verify", locked)
+        make(path)
+        assert "1 files are not as they were locked" in user_error(lock.main, "--verify", locked)
+        path.unlink()
+
+
+def test_overwriting_never_replaces_the_originals(place, locked, user_error, command):
+    command(lock.main, *lock_flags(place, locked), "--format", "png")
+    flags = [*lock_flags(place, locked), "--format", "png", "--eps", 0.7, "--overwrite"]
+    line = user_error(lock.main, *flags, "--dataset", "folder", "--orig-data", locked / "basic")
+    assert "would replace --orig-data" in line
+    for split in data.SPLITS:
+        (locked / "basic" / f"{split}.sha256").unlink()
+    assert f"{locked}/basic exists, and is not of a lock" in user_error(lock.main, *flags)
+
+
+class Cut(BaseException):
+    """Ends a command as a power cut would: nothing catches it."""
+
+
+@pytest.fixture
+def cut(monkeypatch):
+    """Runs a function until it would change the disk for the nth time; returns whether it came so far."""
+
+    def run(function, n):
+        calls = 0
+
+        def counted(change):
+            def call(*args, **options):
+                nonlocal calls
+                calls += 1
+                if calls == n:
+                    raise Cut
+                return change(*args, **options)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda descriptor: None)
+            patch.setattr(os, "sync", lambda: None)
+            for name in ("replace", "rename", "unlink", "mkdir", "rmdir"):
+                patch.setattr(os, name, counted(getattr(os, name)))
+            try:
+                function()
+            except Cut:
+                return True
+        return False
+
+    return run
+
+
+@pytest.mark.parametrize("task", ["replace an older lock", "add PNG files and seals"])
+def test_a_lock_is_finished_wherever_it_was_cut_off(place, command, monkeypatch, cut, tmp_path, task):
+    """Before each change of the disk, from the last shard on: then either lock is whole, or the new one's shards."""
+    start, handed = tmp_path / "start", []
+    flags = [*lock_flags(place, start), "--subset", 4, "--batch-size", 2, "--key-out", tmp_path / "key"]
+    everything = ["--format", "png", "tensor"]
+    with monkeypatch.context() as patch:
+        patch.setattr(lock, "write_locks", lambda *args: handed.append(args) or write_locks(*args))
+        if task == "replace an older lock":
+            command(lock.main, *flags, *everything)
+            patch.setattr(lock, "write_locks", lambda *args: handed.append(args))
+            command(lock.main, *flags, *everything, "--eps", 0.7, "--overwrite")
+        else:
+            command(lock.main, *flags[:-2])
+            shutil.copytree(start, tmp_path / "finished")
+            command(lock.main, *flags, *everything)
+            start = tmp_path / "finished"
+    _, _, settings, splits, args = handed[-1]
+
+    def go_on(folder):
+        places = {"basic": lockfiles.Paths(folder, "basic")}
+        manifest = lockfiles.read_manifest(places["basic"])
+        args.overwrite = manifest is not None and manifest["settings"] != settings["basic"]
+        manifests = shards.prepare(places, settings, args)
+        if not manifests["basic"]:
+            assert not any(shards.missing(places, split, range(0, 4, 2)) for split in splits)
+        lock.write_locks(places, manifests, settings, splits, args)
+
+    n, is_cut = 0, True
+    while is_cut:
+        n += 1
+        folder = tmp_path / str(n)
+        shutil.copytree(start, folder)
+        is_cut = cut(lambda: go_on(folder), n)
+        paths = lockfiles.Paths(folder, "basic")
+        manifest = lockfiles.read_manifest(paths)
+        assert manifest is None or not list(lockfiles.check_files(paths, manifest))
+        go_on(folder)
+        files = [path.name for form in ("tensor", "sealed") for path in paths.groups()[form]]
+        assert sorted(path.name for path in folder.iterdir()) == sorted([".lock", "basic", "lock_basic.json", *files])
+        manifest = lockfiles.read_manifest(paths)
+        assert manifest["settings"] == settings["basic"] and len(manifest["files"]) == 8
+        assert not [*lockfiles.check_files(paths, manifest), *lockfiles.check_unlisted(paths, manifest)]
+        shutil.rmtree(folder)
+    assert n > 30
 
 
 def interrupt(monkeypatch, at):
@@ -203,16 +326,16 @@ def test_png_files_hold_what_the_tensors_hold(place, locked, command, monkeypatc
     paths = lockfiles.Paths(locked, "basic")
     manifest = lockfiles.read_manifest(paths)
     for split in data.SPLITS:
-        tree = lockfiles.load_split(paths, split, {**manifest, "files": sums_alone(manifest)})
-        assert torch.equal(tree.images, torch.cat(torch.load(paths.file(split, "image"))))
-        assert torch.equal(tree.labels, torch.cat(torch.load(paths.file(split, "label"))))
-        assert tree.names == data.load_digits(None, split).first(96).names
+        images, labels = lockfiles.load_split(paths, split, {**manifest, "files": sums_alone(manifest)})
+        assert torch.equal(images, torch.cat(torch.load(paths.file(split, "image"))))
+        assert torch.equal(labels, torch.cat(torch.load(paths.file(split, "label"))))
+        assert list(lockfiles.read_sums(paths, split, manifest)) == data.load_digits(None, split).first(96).names
     as_folder = data.load_folder(paths.tree, "test")  # in the order of its classes
-    assert sorted(map(lockfiles.hash_tensor, as_folder.images)) == sorted(map(lockfiles.hash_tensor, tree.images))
+    assert sorted(map(lockfiles.hash_tensor, as_folder.images)) == sorted(map(lockfiles.hash_tensor, images))
     changed = next((paths.tree / "test" / "3").iterdir())
     content = changed.read_bytes()
     changed.write_bytes(content[:-1])
-    assert "1 of the files above" in user_error(lock.main, "--verify", locked)
+    assert "1 files are not as they were locked" in user_error(lock.main, "--verify", locked)
     changed.write_bytes(content)
 
     monkeypatch.undo()

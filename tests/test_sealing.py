@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import data
 import lock
+import lockfiles
 import sealing
 from tests.conftest import lock_flags
 from utils import UserError
@@ -15,19 +18,30 @@ from utils import UserError
 
 @pytest.fixture
 def pair():
-    originals = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
-    return originals, originals + torch.randint(-3, 4, originals.shape).to(torch.uint8)  # some wrap around
+    images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
+    names = [f"cät/{index}.png" for index in range(4)]
+    original = data.Split(images, torch.tensor([1, 0, 1, 1]), ["cät", "dog"], names)
+    return original, images + torch.randint(-3, 4, images.shape).to(torch.uint8)  # some wrap around
+
+
+def assert_same(one, other):
+    assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
+    assert (one.classes, one.names) == (other.classes, other.names)
 
 
 def test_seal_and_unseal(pair, tmp_path, monkeypatch):
-    originals, locked = pair
+    original, locked = pair
     key = sealing.make_key(tmp_path / "key")
-    sealed = sealing.seal(originals, locked, key, "context")
-    assert torch.equal(sealing.unseal(sealed, locked, key, "context"), originals)
-    assert sealing.seal(originals, locked, key, "context") != sealed  # another nonce
+    sealed = sealing.seal(original, locked, key, "context")
+    assert_same(sealing.unseal(sealed, locked, key, "context"), original)
+    assert sealing.seal(original, locked, key, "context") != sealed  # another nonce
+    with pytest.raises(UserError, match="cannot unlock context: the locked images are not those that were sealed"):
+        sealing.unseal(sealed, locked.roll(1, 0), key, "context")
+    with pytest.raises(UserError, match="the locked images are not those"):
+        sealing.unseal(sealed, locked[:3], key, "context")
     monkeypatch.setattr(sealing, "CHUNK_BYTES", 50)
-    sealed = sealing.seal(originals, locked, key, "context")
-    assert torch.equal(sealing.unseal(sealed, locked, key, "context"), originals)
+    sealed = sealing.seal(original, locked, key, "context")
+    assert_same(sealing.unseal(sealed, locked, key, "context"), original)
     step = sealing.NONCE_BYTES + 50 + sealing.TAG_BYTES
     for changed in (sealed[step:], sealed[:step], sealed[step : 2 * step] + sealed[:step] + sealed[2 * step :]):
         with pytest.raises(UserError, match="cannot unlock context: the key is another, or a file was changed"):
@@ -35,9 +49,9 @@ def test_seal_and_unseal(pair, tmp_path, monkeypatch):
 
 
 def test_nothing_opens_with_another_key_or_one_bit_changed(pair, tmp_path):
-    originals, locked = pair
+    original, locked = pair
     key, other = (sealing.make_key(tmp_path / name) for name in ("key", "other"))
-    sealed = sealing.seal(originals, locked, key, "context")
+    sealed = sealing.seal(original, locked, key, "context")
     attempts = [(sealed, other, "context"), (sealed, key, "contexts"), (sealed[:-1], key, "context"), (b"", key, "")]
     for position in range(0, len(sealed), 37):
         changed = bytearray(sealed)
@@ -49,9 +63,9 @@ def test_nothing_opens_with_another_key_or_one_bit_changed(pair, tmp_path):
 
 
 def test_what_is_sealed_says_nothing_of_the_images(pair):
-    originals, locked = pair
-    same = sealing.seal(originals, originals, bytes(32), "context")
-    assert bytes(20) not in same
+    original, locked = pair
+    same = sealing.seal(original, original.images, bytes(32), "context")
+    assert bytes(20) not in same and b"dog" not in same
 
 
 def test_a_key_file_is_private_and_never_replaced(tmp_path):
@@ -65,6 +79,20 @@ def test_a_key_file_is_private_and_never_replaced(tmp_path):
         with pytest.raises(UserError, match="key: not a key file: expected 64 hexadecimal digits"):
             sealing.make_key(path)
         assert path.read_bytes() == content
+
+
+def test_a_key_that_another_process_makes_meanwhile_is_the_one_used(tmp_path, monkeypatch):
+    """Nothing is ever sealed with a key that is in no file."""
+    path, generate = tmp_path / "key", sealing.AESGCM.generate_key
+    sealing.make_key(tmp_path / "other")
+
+    def racing(bits):
+        with pytest.raises(UserError, match="not a key file"):  # it is being written
+            sealing.make_key(path)
+        return generate(bits)
+
+    monkeypatch.setattr(sealing, "AESGCM", SimpleNamespace(generate_key=racing))
+    assert sealing.make_key(path) == sealing.read_key(path)
 
 
 @pytest.fixture
@@ -108,20 +136,74 @@ def test_what_cannot_be_unlocked(sealed, place, command, user_error, tmp_path):
     assert "holds no sealed lock" in user_error(lock.main, *flags, key, "--lock-data", place)
     assert "go together" in user_error(lock.main, *flags[:-1])
     line = user_error(lock.main, *lock_flags(place, folder), "--key-out", tmp_path / "other")
-    assert "lock_basic.json: sealed with another key than that of --key-out" in line
+    assert "lock_basic.json is sealed with another key" in line
+    line = user_error(lock.main, *lock_flags(place, folder), "--key-out", tmp_path / "new")
+    assert "new: no such key file" in line and not (tmp_path / "new").exists()
     line = user_error(lock.main, *lock_flags(place, folder), "--key-out", folder / "key")
     assert "lies in the folder that is handed out" in line
+    line = user_error(lock.main, *flags[:2], folder, "--orig-data", folder / "out", "--key", key)
+    assert "--orig-data" in line and "lies in the folder that is handed out" in line
 
     for name in ("train_sealed_basic", "test_image_basic"):
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         assert f"{name}: changed or damaged since it was locked" in user_error(lock.main, *flags, key)
         (folder / name).write_bytes(content)
-    manifest = json.loads((folder / "lock_basic.json").read_text())
-    manifest["settings"]["original_sha256"]["train"]["images"] = 64 * "0"  # a manifest that was tampered with
-    (folder / "lock_basic.json").write_text(json.dumps(manifest))
-    assert "cannot unlock basic train" in user_error(lock.main, *flags, key)
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     assert "holds files already" in user_error(lock.main, *flags, key)
+
+
+def test_what_was_tampered_with_cannot_be_unlocked(sealed, user_error, tmp_path):
+    """Labels, classes and images of another order, with all hashes of the manifest set right; and swapped seals."""
+    folder, key = sealed
+    (folder / "lock_50_horiz.json").unlink()
+    flags = ["--unlock", "--lock-data", folder, "--orig-data", tmp_path / "out", "--key", key]
+    files = {path: path.read_bytes() for path in folder.iterdir()}
+
+    def tamper(change):
+        for path, content in files.items():
+            path.write_bytes(content)
+        manifest = json.loads((folder / "lock_basic.json").read_text())
+        change(manifest)
+        for name, entry in manifest["files"].items():
+            entry["sha256"] = lockfiles.sha256((folder / name).read_bytes())
+        (folder / "lock_basic.json").write_text(json.dumps(manifest))
+
+    def other_labels(manifest):
+        labels = torch.cat(torch.load(folder / "train_label_basic")).flip(0)
+        (folder / "train_label_basic").write_bytes(lockfiles.to_bytes(labels))
+
+    def other_images(manifest):
+        images = torch.cat(torch.load(folder / "train_image_basic")).roll(1, 0)
+        (folder / "train_image_basic").write_bytes(lockfiles.to_bytes(images))
+
+    def swap(manifest):
+        for name, other in (("train", "test"), ("test", "train")):
+            (folder / f"{name}_sealed_basic").write_bytes(files[folder / f"{other}_sealed_basic"])
+
+    def path_as_class(manifest):
+        manifest["settings"]["classes"][0] = "../../evil"
+
+    for change, message in {
+        other_labels: "train_label_basic: other labels, or another order",
+        other_images: "cannot unlock basic train: the locked images are not those that were sealed",
+        swap: "cannot unlock basic train: the key is another, or a file was changed",
+        path_as_class: "lock_basic.json: not a manifest of lock.py: classes",
+    }.items():
+        tamper(change)
+        assert message in user_error(lock.main, *flags)
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_unlock_that_was_interrupted_starts_again(sealed, command, user_error, monkeypatch, tmp_path):
+    folder, key = sealed
+    flags = ["--unlock", "--key", key, "--lock-data", folder, "--orig-data", tmp_path / "out", "--format", "png"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda path, target: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            command(lock.main, *flags)
+    command(lock.main, *flags)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", "test", "train"]
+    assert "holds files already" in user_error(lock.main, *flags)
