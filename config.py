@@ -8,10 +8,10 @@ from easydict import EasyDict
 
 from data import DATASETS
 from models import MODELS
-from utils import UserError, check_known, did_you_mean, flatten
+from utils import PRECISIONS, UserError, check_known, did_you_mean, flatten
 
 # Every key of a config.yaml with its default; where that is a type, the file must give the key.
-# The keys are CIFAR-ZOO's and the original's, seed is new.
+# The keys are CIFAR-ZOO's and the original's; seed and precision are new.
 CONFIG = {
     "architecture": str,
     "dataset": str,
@@ -31,6 +31,7 @@ CONFIG = {
     "eval_freq": 2,
     "workers": 4,
     "seed": 0,
+    "precision": "auto",
     "optimize": {"momentum": 0.9, "weight_decay": 1e-4, "nesterov": True},
     "mixup": False,
     "mixup_alpha": 0.4,
@@ -72,6 +73,7 @@ CONFIG_HELP = {
     "eval_freq": "evaluate every VALUE epochs, at the first and at the last",
     "workers": "accepted, not used: images stay on the device",
     "seed": "seed of weights, order and augmentation",
+    "precision": "auto, float32, bfloat16 or float16; auto: float32 on a CPU, less on a GPU that is faster so",
     "optimize.momentum": "of SGD",
     "optimize.weight_decay": "of SGD",
     "optimize.nesterov": "Nesterov's momentum",
@@ -167,6 +169,7 @@ def check_values(config, path):
     """Raise UserError where a value of the config is not one that it can have."""
     check_known(config.architecture, MODELS, f"{path}: architecture")
     check_known(config.dataset, DATASETS, f"{path}: dataset")
+    check_known(config.precision, ("auto", *PRECISIONS), f"{path}: precision")
     check_known(config.lr_scheduler.type, ("STEP", "COSINE", "HTD"), f"{path}: lr_scheduler.type")
     values = flatten(config)
     for key, (low, high) in RANGES.items():

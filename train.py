@@ -18,6 +18,7 @@ import shutil
 import time
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,81 +27,12 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import utils
+from augmentation import as_inputs, augment, mixup
 from config import CONFIG, CONFIG_HELP, load_config
 from data import DATASETS, SPLITS, one_name, to_float
 from lockfiles import METHODS, Paths, hash_tensor, load_locked, load_whole, lock_suffix, parse_suffix, split_path
 from models import MODELS
-from utils import UserError, flatten, number, write_file
-
-# Augmentation, on the device, a batch at a time
-
-
-def random_crop(images, padding=4):
-    """Each image [N, C, H, W] cut at its own random place out of its zero-padded self, at the same size."""
-    n, channels, height, width = images.shape
-    device = images.device
-    rows = torch.randint(2 * padding + 1, (n, 1), device=device) + torch.arange(height, device=device)
-    columns = torch.randint(2 * padding + 1, (n, 1), device=device) + torch.arange(width, device=device)
-    padded = F.pad(images, [padding] * 4)
-    n, channels = torch.arange(n, device=device), torch.arange(channels, device=device)
-    return padded[n[:, None, None, None], channels[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
-
-
-def random_flip(images):
-    """Each image [N, C, H, W] mirrored left to right, or not, with equal chance."""
-    flip = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
-    return torch.where(flip, images.flip(-1), images)
-
-
-def cutout(images, holes, length):
-    """Each image [N, C, H, W] with square holes of zeros at random places, some cut off by an edge.
-
-    Source: DeVries & Taylor, 2017; length is the side of a hole in pixels, and an odd one counts as the even below.
-    """
-    n, _, height, width = images.shape
-    for _ in range(holes):
-        inside = []
-        for size in (height, width):
-            start = torch.randint(size, (n, 1), device=images.device) - length // 2
-            position = torch.arange(size, device=images.device)
-            inside.append((position >= start) & (position < start + length // 2 * 2))
-        hole = inside[0][:, None, :, None] & inside[1][:, None, None, :]
-        images = images.masked_fill(hole, 0)
-    return images
-
-
-def mixup(inputs, targets, alpha):
-    """Blend a batch with a shuffle of itself (Zhang et al., 2018).
-
-    Returns the blend, the targets of its other part, and the weight of the first part; alpha 0 blends nothing.
-    """
-    weight = torch.distributions.Beta(alpha, alpha).sample().item() if alpha > 0 else 1.0
-    order = torch.randperm(len(inputs), device=inputs.device)
-    return weight * inputs + (1 - weight) * inputs[order], targets[order], weight
-
-
-def as_inputs(images, config):
-    """uint8 images [N, 3, H, W] as float inputs: pixels in [0, 1], or normalised where the config says so."""
-    inputs = to_float(images)
-    if config.augmentation.normalize:
-        dataset = DATASETS[config.dataset]
-        mean, std = (
-            torch.tensor(values, device=inputs.device)[:, None, None] for values in (dataset.mean, dataset.std)
-        )
-        inputs = (inputs - mean) / std
-    return inputs
-
-
-def augment(images, config):
-    """uint8 training images [N, 3, H, W] as float inputs, augmented as the config says."""
-    options = config.augmentation
-    if options.random_crop:
-        images = random_crop(images)
-    if options.random_horizontal_filp:
-        images = random_flip(images)
-    inputs = as_inputs(images, config)
-    return cutout(inputs, options.holes, options.length) if options.cutout else inputs
-
+from utils import PRECISIONS, UserError, flatten, number, write_file
 
 # Training
 
@@ -119,8 +51,32 @@ def learning_rate(config, epoch):
     return schedule.min_lr + (schedule.base_lr - schedule.min_lr) * factor
 
 
-def train_epoch(model, images, labels, optimizer, config):
+class Learner(NamedTuple):
+    """What training changes; a checkpoint holds the state of each."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # float16 has no room for small gradients; for other precisions it does nothing
+
+
+def make_learner(config, device):
+    """A new model, as the config says and on the device, and what trains it."""
+    # channels_last is the order in which convolutions are fast, on CPUs as on GPUs
+    model = MODELS[config.architecture](num_classes=config.num_classes)
+    model = model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=config.lr_scheduler.base_lr, **config.optimize)
+    return Learner(model, optimizer, torch.amp.GradScaler(device.type, enabled=config.precision == "float16"))
+
+
+def forward(model, inputs, config):
+    """The logits of a model, float32 [N, classes], computed in the precision of the config."""
+    with torch.autocast(inputs.device.type, PRECISIONS[config.precision], enabled=config.precision != "float32"):
+        return model(inputs).float()
+
+
+def train_epoch(learner, images, labels, config):
     """One pass in random order over images uint8 [N, 3, H, W]; returns mean loss and accuracy in percent."""
+    model, optimizer, scaler = learner
     model.train()
     loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=images.device)
     order = torch.randperm(len(images), device=images.device)
@@ -129,11 +85,12 @@ def train_epoch(model, images, labels, optimizer, config):
         others, weight = targets, 1.0
         if config.mixup:
             inputs, others, weight = mixup(inputs, targets, config.mixup_alpha)
-        logits = model(inputs)
+        logits = forward(model, inputs, config)
         loss = weight * F.cross_entropy(logits, targets) + (1 - weight) * F.cross_entropy(logits, others)
         optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
         predictions = logits.argmax(1)
         loss_sum += loss.detach() * len(indices)
         correct += weight * (predictions == targets).sum() + (1 - weight) * (predictions == others).sum()
@@ -146,7 +103,7 @@ def evaluate(model, images, labels, config):
     model.eval()
     loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=images.device)
     for batch, targets in zip(images.split(config.test_batch), labels.split(config.test_batch)):
-        logits = model(as_inputs(batch, config))
+        logits = forward(model, as_inputs(batch, config), config)
         loss_sum += F.cross_entropy(logits, targets, reduction="sum")
         correct += (logits.argmax(1) == targets).sum()
     return loss_sum.item() / len(images), 100 * correct.item() / len(images)
@@ -232,7 +189,7 @@ PATHS = [key for key in CONFIG if key.startswith(("locked_", "orig_data", "ckpt_
 FREE_ON_RESUME = {"eval_freq", "test_batch", "use_gpu", "workers", *PATHS}
 
 
-CHECKPOINT_KEYS = {"epoch", "model", "optimizer", "history", "config", "data", "rng", "cuda_rng"}
+CHECKPOINT_KEYS = {"epoch", *Learner._fields, "history", "config", "data", "rng", "cuda_rng"}
 
 
 def previous(checkpoint):
@@ -240,15 +197,14 @@ def previous(checkpoint):
     return checkpoint.with_name(checkpoint.name.replace(".pth.tar", "_previous.pth.tar"))
 
 
-def save_checkpoint(path, model, optimizer, epoch, history, config, data_hash):
+def save_checkpoint(path, learner, epoch, history, config, data_hash):
     """Write all that --resume needs, after an epoch; history is the list of evaluations so far.
 
     History and config are JSON: pickled, equal objects can differ in their bytes, and here they never do.
     """
     state = {
         "epoch": epoch,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        **{name: part.state_dict() for name, part in learner._asdict().items()},
         "history": json.dumps(history),
         "config": json.dumps(flatten(config)),
         "data": data_hash,
@@ -284,7 +240,7 @@ def read_checkpoint(checkpoint, log):
     return None
 
 
-def restore(state, model, optimizer, config, data_hash):
+def restore(state, learner, config, data_hash):
     """Bring back what save_checkpoint wrote; raises UserError where it is of another run."""
     if state["data"] != data_hash:
         raise UserError("--resume: the run was trained on other data than the files hold now; start with --overwrite")
@@ -295,8 +251,8 @@ def restore(state, model, optimizer, config, data_hash):
             raise UserError(f"--resume: the run was trained with {key} {then}, but it is {now} now; set it back")
     if state["epoch"] > config.epochs:
         raise UserError(f"--resume: the run has {state['epoch']} epochs already; it cannot end after {config.epochs}")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    for name, part in learner._asdict().items():
+        part.load_state_dict(state[name])
     torch.set_rng_state(state["rng"])
     if state["cuda_rng"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda_rng"])
@@ -396,19 +352,24 @@ def evaluate_both(model, data, config):
     return {"locked_loss": locked_loss, "locked_acc": locked_acc, "orig_loss": orig_loss, "orig_acc": orig_acc}
 
 
-def run_epoch(model, optimizer, data, epoch, config, writers, log):
+def run_epoch(learner, data, epoch, config, writers, log):
     """Train for one epoch, counted from 1, and evaluate where one is due; returns its record, or None."""
     start = time.time()
     lr = learning_rate(config, epoch - 1)
-    for group in optimizer.param_groups:
+    for group in learner.optimizer.param_groups:
         group["lr"] = lr
-    loss, accuracy = train_epoch(model, *data["locked_train"], optimizer, config)
+    loss, accuracy = train_epoch(learner, *data["locked_train"], config)
     for tag, value in {"learning rate": lr, "loss/train": loss, "accuracy/train": accuracy}.items():
         writers["run"].add_scalar(tag, value, epoch)
     line = f"epoch {epoch:4}/{config.epochs}  lr {lr:.5f}  train loss {loss:.4f}, accuracy {accuracy:6.2f} %"
     record = None
     if epoch in (1, config.epochs) or epoch % config.eval_freq == 0:
-        record = {"epoch": epoch, "train_loss": loss, "train_acc": accuracy, **evaluate_both(model, data, config)}
+        record = {
+            "epoch": epoch,
+            "train_loss": loss,
+            "train_acc": accuracy,
+            **evaluate_both(learner.model, data, config),
+        }
         for name, short in {"locked": "locked", "original": "orig"}.items():
             writers[name].add_scalar("accuracy/test", record[f"{short}_acc"], epoch)
             writers[name].add_scalar("loss/test", record[f"{short}_loss"], epoch)
@@ -432,14 +393,15 @@ def show_pictures(data, folder, writer):
 def run(args, config, data, manifest, folder, suffix):
     """Train in a folder, from the start or from the last whole checkpoint; writes all that a run leaves behind."""
     device, reason = utils.pick_device(config.use_gpu)
+    config.precision, why = utils.pick_precision(config.precision, device)
     torch.manual_seed(config.seed)
     torch.backends.cudnn.benchmark = True
-    model = MODELS[config.architecture](num_classes=config.num_classes).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=config.lr_scheduler.base_lr, **config.optimize)
-    utils.check_size(model, as_inputs(data["original"][0][:1].to(device), config), config.architecture)
+    learner = make_learner(config, device)
+    utils.check_size(learner.model, as_inputs(data["original"][0][:1].to(device), config), config.architecture)
 
     log = log_to(folder / "log.txt")
     log(f"{config.architecture} on {suffix}, seed {config.seed}, on {device} ({reason}), in {folder}")
+    log(f"in {config.precision} ({why})")
     log("images: " + ", ".join(f"{len(labels)} {name}" for name, (_, labels) in data.items()))
     if manifest is None:
         log("the locked files have no manifest (lock_*.json): what they were made of and from is not verified")
@@ -451,22 +413,22 @@ def run(args, config, data, manifest, folder, suffix):
     data_hash, done, history = fingerprint(data), 0, []
     state = read_checkpoint(checkpoint, log) if args.resume else None
     if state:
-        restore(state, model, optimizer, config, data_hash)
+        restore(state, learner, config, data_hash)
         done, history = state["epoch"], json.loads(state["history"])
     writers = open_writers(folder, done + 1)
     picture = show_pictures(data, folder, writers["run"])
     data = {name: (images.to(device), labels.to(device)) for name, (images, labels) in data.items()}
 
     for epoch in range(done + 1, config.epochs + 1):
-        record = run_epoch(model, optimizer, data, epoch, config, writers, log)
+        record = run_epoch(learner, data, epoch, config, writers, log)
         is_best = record and record["locked_acc"] > max((earlier["locked_acc"] for earlier in history), default=-1)
         history += [record] if record else []
         if is_best:  # the best first: were it second, a run stopped between the two would never write it
             best = checkpoint.with_name(f"{config.ckpt_name}_best.pth.tar")
-            save_checkpoint(best, model, optimizer, epoch, history, config, data_hash)
+            save_checkpoint(best, learner, epoch, history, config, data_hash)
         if checkpoint.exists():
             os.replace(checkpoint, previous(checkpoint))
-        save_checkpoint(checkpoint, model, optimizer, epoch, history, config, data_hash)
+        save_checkpoint(checkpoint, learner, epoch, history, config, data_hash)
     for writer in writers.values():
         writer.close()
 

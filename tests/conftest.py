@@ -10,7 +10,10 @@ from torch import nn
 
 import lock
 import utils
+from config import load_config
 from models import base
+
+MINIMAL = "{architecture: preresnet20, dataset: cifar10, orig_data_path: ./data}"
 
 
 @pytest.fixture(autouse=True)
@@ -96,3 +99,9 @@ def small_classifier(classes=10):
     for parameter in model.parameters():  # larger weights than PyTorch's, so that an attack moves the losses
         parameter.data *= 2
     return model.eval().requires_grad_(False)
+
+
+def config_of(tmp_path, text, **overrides):
+    """The config of a file with this text."""
+    (tmp_path / "config.yaml").write_text(text)
+    return load_config(tmp_path / "config.yaml", overrides)

@@ -115,9 +115,7 @@ def test_targets_come_from_labels_on_train_and_from_predictions_on_test(monkeypa
     for split, classes in {"train": labels, "test": predicted}.items():
         aimed_at.clear()
         (tmp_path / split).mkdir()
-        _, measured = lock_by(
-            "horiz", tmp_path / split, Fixed(), images, labels, split, attack_steps=1, batch_size=4
-        )
+        _, measured = lock_by("horiz", tmp_path / split, Fixed(), images, labels, split, attack_steps=1, batch_size=4)
         t1, t2 = (torch.tensor(lock.TARGET_MAPS[name]) for name in ("T1", "T2"))
         assert torch.equal(torch.cat(aimed_at[0::2]), t1[classes])
         assert torch.equal(torch.cat(aimed_at[1::2]), t2[classes])

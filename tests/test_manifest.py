@@ -280,9 +280,7 @@ def test_a_finished_lock_is_not_computed_again(place, locked, command, user_erro
     assert {path: path.read_bytes() for path in locked.iterdir() if path.name != ".lock"} == before
 
 
-def test_an_interrupted_lock_goes_on_and_leaves_the_old_one_whole_until_it_is_done(
-    place, locked, command, monkeypatch
-):
+def test_an_interrupted_lock_goes_on_and_leaves_the_old_one_whole_until_it_is_done(place, locked, command, monkeypatch):
     """Stopped in the second batch of the test set: after it, only that batch and the one behind it are attacked."""
     before = {path: path.read_bytes() for path in locked.iterdir()}
     sizes = interrupt(monkeypatch, at=5)

@@ -1,0 +1,66 @@
+"""Augmentation: each transformation by its definition."""
+
+import torch
+import torch.nn.functional as F
+from conftest import MINIMAL, config_of
+
+import augmentation
+
+
+def test_random_crop_cuts_out_of_the_padded_image():
+    images = torch.randint(1, 256, (40, 3, 6, 5), dtype=torch.uint8)
+    crops = augmentation.random_crop(images, padding=2)
+    windows = F.pad(images, [2] * 4).unfold(2, 6, 1).unfold(3, 5, 1)  # [N, 3, 5, 5, 6, 5]
+    found = (windows == crops[:, :, None, None]).all(dim=(1, 4, 5)).view(40, 25)
+    assert (found.sum(1) == 1).all()
+    assert len(found.nonzero()[:, 1].unique()) > 12  # places differ from image to image
+
+
+def test_random_flip():
+    images = torch.rand(200, 3, 4, 4)
+    flipped = augmentation.random_flip(images)
+    mirrored = (flipped == images.flip(-1)).all(dim=(1, 2, 3))
+    assert torch.equal(flipped, torch.where(mirrored[:, None, None, None], images.flip(-1), images))
+    assert 60 < mirrored.sum() < 140
+
+
+def test_cutout():
+    holes = (augmentation.cutout(torch.ones(500, 3, 32, 32), holes=1, length=8) == 0).all(dim=1)
+    areas = holes.sum(dim=(1, 2))
+    assert areas.max() == 64 and areas.min() >= 16  # cut off at a corner, a quarter is left
+    rows, columns = holes.any(dim=2).sum(1), holes.any(dim=1).sum(1)
+    assert torch.equal(rows * columns, areas)
+    assert holes.any(dim=0).all()
+    assert torch.equal(augmentation.cutout(torch.ones(2, 3, 8, 8), holes=0, length=8), torch.ones(2, 3, 8, 8))
+
+
+def test_mixup():
+    inputs = torch.eye(6)[:, :, None, None]
+    blend, others, weight = augmentation.mixup(inputs, torch.arange(6), alpha=0.4)
+    expected = weight * torch.eye(6) + (1 - weight) * torch.eye(6)[others]
+    assert 0 < weight < 1
+    assert augmentation.mixup(inputs, torch.arange(6), alpha=0)[2] == 1
+    torch.testing.assert_close(blend[:, :, 0, 0], expected)
+
+
+def test_normalize_does_what_it_says(tmp_path):
+    images = torch.full((1, 3, 2, 2), 51, dtype=torch.uint8)
+    plain = config_of(tmp_path, MINIMAL)
+    torch.testing.assert_close(augmentation.as_inputs(images, plain), torch.full((1, 3, 2, 2), 0.2))
+    normal = config_of(tmp_path, MINIMAL, **{"augmentation.normalize": "True"})
+    torch.testing.assert_close(
+        augmentation.as_inputs(images, normal)[0, :, 0, 0], torch.tensor([-1.4405, -1.4153, -1.2264]), atol=1e-4, rtol=0
+    )
+
+
+def test_augment_does_what_the_config_says(tmp_path):
+    images = torch.randint(1, 256, (60, 3, 8, 8), dtype=torch.uint8)
+    off = {f"augmentation.{name}": "False" for name in ("random_crop", "random_horizontal_filp", "cutout")}
+    plain = augmentation.augment(images, config_of(tmp_path, MINIMAL, **off))
+    assert torch.equal(plain, images / 255)
+    for name in off:
+        alone = augmentation.augment(images, config_of(tmp_path, MINIMAL, **off | {name: "True"}))
+        assert not torch.equal(alone, plain)
+        flips = (alone == plain.flip(-1)).all(dim=(1, 2, 3)).any()
+        assert flips == (name == "augmentation.random_horizontal_filp")
+        assert (alone == 0).any() == (name != "augmentation.random_horizontal_filp")  # padding, or holes

@@ -1,0 +1,137 @@
+"""Config files: keys, values, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+from conftest import MINIMAL, config_of
+
+from config import CONFIG, CONFIG_HELP, load_config
+from data import SPLITS
+from utils import UserError, flatten
+
+CONFIGS = sorted((Path(__file__).parent.parent / "experiments").glob("*/*/config.yaml"))
+
+# A file as CIFAR-ZOO ships it, with its older and its newer keys.
+CIFAR_ZOO = """
+# net architecture
+architecture: preresnet20
+
+# log and checkpoint
+data_path: ./data
+ckpt_path: ./
+ckpt_name: preresnet20
+
+num_classes: 10
+dataset: cifar10 # cifar100
+use_gpu: True
+input_size: 32
+epochs: 250
+batch_size: 128
+test_batch: 200
+eval_freq: 2
+workers: 4
+
+optimize:
+  momentum: 0.9
+  weight_decay: 0.0001
+  nesterov: True
+
+mixup: True
+mixup_alpha: 0.4
+
+augmentation:
+  normalize: True
+  random_crop: True
+  random_horizontal_filp: True
+  cutout: True
+  holes: 1
+  length: 8
+
+lr_scheduler:
+  type: HTD
+  base_lr: 0.1
+  lr_epochs: [100, 150, 200]
+  lr_mults: 0.1
+  min_lr: 0.0
+  lower_bound: -6.0
+  upper_bound: 3.0
+"""
+
+
+def test_a_cifar_zoo_config_loads_unchanged(tmp_path):
+    config = config_of(tmp_path, CIFAR_ZOO)
+    assert config.orig_data_path == "./data"
+    assert config.augmentation.cutout is True and config.mixup is True
+    assert config.locked_test_label == "./data/test_label_basic"
+    assert flatten(config).keys() == flatten(CONFIG).keys()
+
+
+def test_the_experiments_are_there():
+    names = {path.parent.name for path in CONFIGS}
+    assert names == {"alexnet", "densenet100bc", "preresnet8", "preresnet20", "preresnet110", "vgg19"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.parent.name for path in CONFIGS])
+def test_shipped_configs(path):
+    config = load_config(path, {})
+    assert config.architecture == path.parent.name
+    assert config.augmentation.normalize is False
+    for split in SPLITS:
+        for kind in ("image", "label"):
+            assert Path(config[f"locked_{split}_{kind}"]).name == f"{split}_{kind}_basic"
+
+
+def test_every_key_is_explained():
+    assert CONFIG_HELP.keys() == flatten(CONFIG).keys()
+
+
+def test_overrides(tmp_path):
+    overrides = {"epochs": "7", "lr_scheduler.lr_epochs": "[2, 4]", "optimize.weight_decay": "5e-4", "ckpt_name": "1e3"}
+    config = config_of(tmp_path, MINIMAL, **overrides)
+    assert (config.epochs, config.lr_scheduler.lr_epochs) == (7, [2, 4])
+    assert (config.optimize.weight_decay, config.ckpt_name) == (5e-4, "1e3")
+    assert CONFIG["epochs"] == 250 and CONFIG["lr_scheduler"]["lr_epochs"] == [100, 150, 200]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (MINIMAL[:-1] + ", epoch: 3}", r"config.yaml: unknown key 'epoch'; did you mean 'epochs'\?"),
+        (
+            MINIMAL[:-1] + ", optimize: {momentun: 0.9}}",
+            "unknown key 'optimize.momentun'; did you mean 'optimize.momentum'",
+        ),
+        (MINIMAL[:-1] + ", epochs: many}", "config.yaml: epochs: expected a whole number, found 'many'"),
+        (MINIMAL[:-1] + ", epochs: True}", "epochs: expected a whole number, found True"),
+        (MINIMAL[:-1] + ", mixup: 1}", "mixup: expected True or False, found 1"),
+        (MINIMAL[:-1] + ", optimize: 3}", "optimize: expected keys below it, like momentum"),
+        (MINIMAL[:-1] + ", lr_scheduler: {lr_epochs: [1, b]}}", "lr_scheduler.lr_epochs: expected a list of epochs"),
+        ("{dataset: cifar10, orig_data_path: ./data}", "config.yaml: the key 'architecture' is missing"),
+        ("architecture", "config.yaml: expected keys and values"),
+        ("a: [", "config.yaml: cannot be read"),
+    ],
+)
+def test_mistakes_in_a_config(tmp_path, text, message):
+    with pytest.raises(UserError, match=message) as error:
+        config_of(tmp_path, text)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("architecture", "preresnet21", "architecture: unknown name 'preresnet21'; known are alexnet, .*preresnet20"),
+        ("dataset", "cifar100", "dataset: unknown name 'cifar100'; known are"),
+        ("lr_scheduler.type", "COS", "lr_scheduler.type: unknown name 'COS'; known are STEP, COSINE, HTD"),
+        ("epochs", "0", "epochs is 0"),
+        ("optimize.momentum", "0", "nesterov needs a momentum"),
+        ("optimize.weight_decay", "-1", "optimize.weight_decay is -1.0"),
+        ("lr_scheduler.base_lr", ".nan", "lr_scheduler.base_lr is nan"),
+        ("augmentation.length", "-5", "augmentation.length is -5"),
+        ("ckpt_name", "a/b", "ckpt_name is 'a/b'"),
+        ("seed", "99999999999999999999", "seed is 9"),
+    ],
+)
+def test_values_that_a_config_cannot_have(tmp_path, key, value, message):
+    with pytest.raises(UserError, match=message):
+        config_of(tmp_path, MINIMAL, **{key: value})
