@@ -1,9 +1,15 @@
-"""What images go through before a model sees them: augmentation, a batch at a time and on its device, and mixing."""
+"""What images go through before a model sees them: once, as a data set, and in training a batch at a time."""
+
+import io
+import math
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
 
-from data import DATASETS, to_float
+from data import DATASETS, read_image, to_float
 
 
 def random_crop(images, padding=4):
@@ -40,14 +46,17 @@ def cutout(images, holes, length):
     return images
 
 
-def mixup(inputs, targets, alpha):
-    """Blend a batch with a shuffle of itself (Zhang et al., 2018).
+def make_mixer(config):
+    """A function of float inputs [N, C, H, W] and targets int64 [N] that blends or splices each with another.
 
-    Returns the blend, the targets of its other part, and the weight of the first part; alpha 0 blends nothing.
+    What it returns as targets are probabilities [N, classes]. None where the config asks for neither mixup (Zhang et
+    al., 2018) nor CutMix (Yun et al., 2019).
     """
-    weight = torch.distributions.Beta(alpha, alpha).sample().item() if alpha > 0 else 1.0
-    order = torch.randperm(len(inputs), device=inputs.device)
-    return weight * inputs + (1 - weight) * inputs[order], targets[order], weight
+    if config.cutmix:
+        return v2.CutMix(alpha=config.cutmix_alpha, num_classes=config.num_classes)
+    if config.mixup and config.mixup_alpha > 0:
+        return v2.MixUp(alpha=config.mixup_alpha, num_classes=config.num_classes)
+    return None
 
 
 def as_inputs(images, config):
@@ -71,3 +80,28 @@ def augment(images, config):
         images = random_flip(images)
     inputs = as_inputs(images, config)
     return cutout(inputs, options.holes, options.length) if options.cutout else inputs
+
+
+def preprocess(images, config):
+    """uint8 images [N, 3, H, W] as somebody changes them who hopes to take a lock off, before anything else sees them.
+
+    Grayscale; Gaussian blur, its kernel three standard deviations to each side; the highest bits of each colour
+    alone; and the compression of JPEG, each where the config says so.
+    """
+    options = config.preprocess
+    if options.grayscale:
+        images = functional.rgb_to_grayscale(images, num_output_channels=3)
+    if options.blur > 0:
+        images = functional.gaussian_blur(images, 2 * math.ceil(3 * options.blur) + 1, options.blur)
+    if options.bits < 8:
+        images = functional.posterize(images, options.bits)
+    if options.jpeg_quality > 0:
+        images = torch.stack([compress(image, options.jpeg_quality) for image in images])
+    return images.contiguous()
+
+
+def compress(image, quality):
+    """An image uint8 [3, H, W] as it is after JPEG of this quality, from 1 to 100."""
+    file = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "jpeg", quality=quality)
+    return read_image(file)

@@ -11,7 +11,7 @@ from models import MODELS
 from utils import PRECISIONS, UserError, check_known, did_you_mean, flatten
 
 # Every key of a config.yaml with its default; where that is a type, the file must give the key.
-# The keys are CIFAR-ZOO's and the original's; seed and precision are new.
+# The keys are CIFAR-ZOO's and the original's; those below train_on, seed and precision are new.
 CONFIG = {
     "architecture": str,
     "dataset": str,
@@ -35,6 +35,11 @@ CONFIG = {
     "optimize": {"momentum": 0.9, "weight_decay": 1e-4, "nesterov": True},
     "mixup": False,
     "mixup_alpha": 0.4,
+    "cutmix": False,
+    "cutmix_alpha": 1.0,
+    "train_on": "locked",
+    "preprocess": {"grayscale": False, "blur": 0.0, "bits": 8, "jpeg_quality": 0},
+    "adversarial": {"eps": 0.0, "attack_lr": 0.1, "attack_steps": 7},
     "augmentation": {
         "normalize": False,
         "random_crop": True,
@@ -79,6 +84,16 @@ CONFIG_HELP = {
     "optimize.nesterov": "Nesterov's momentum",
     "mixup": "blend training images in pairs",
     "mixup_alpha": "of the blend's Beta distribution",
+    "cutmix": "put a piece of another image into each training image",
+    "cutmix_alpha": "of the piece's Beta distribution",
+    "train_on": "locked or original images: a control",
+    "preprocess.grayscale": "take the colours away, in training and test sets",
+    "preprocess.blur": "standard deviation in pixels of a Gaussian blur, in training and test sets",
+    "preprocess.bits": "bits a colour that are kept, in training and test sets",
+    "preprocess.jpeg_quality": "compress by JPEG of this quality, in training and test sets; 0: do not",
+    "adversarial.eps": "adversarial training: L2 radius, in pixels of [0, 1]; 0: none",
+    "adversarial.attack_lr": "adversarial training: L2 length of a step",
+    "adversarial.attack_steps": "adversarial training: steps an attack",
     "augmentation.normalize": "subtract the data set's mean, divide by its standard deviation",
     "augmentation.random_crop": "crop out of the image padded by 4 zeros",
     "augmentation.random_horizontal_filp": "mirror half of the images",
@@ -157,6 +172,11 @@ def convert(value, default, where):
 MANY = 10**9
 RANGES = {
     **dict.fromkeys(("epochs", "batch_size", "test_batch", "eval_freq", "input_size", "num_classes"), (1, MANY)),
+    **dict.fromkeys(("adversarial.eps", "adversarial.attack_lr", "adversarial.attack_steps"), (0, MANY)),
+    "preprocess.blur": (0, 2),  # of images of at least 8x8 pixels
+    "preprocess.bits": (1, 8),
+    "preprocess.jpeg_quality": (0, 100),
+    "cutmix_alpha": (0.01, MANY),
     **dict.fromkeys(("mixup_alpha", "optimize.weight_decay", "augmentation.holes", "augmentation.length"), (0, MANY)),
     **dict.fromkeys(("lr_scheduler.base_lr", "lr_scheduler.min_lr", "lr_scheduler.lr_mults"), (0, MANY)),
     **dict.fromkeys(("lr_scheduler.lower_bound", "lr_scheduler.upper_bound"), (-MANY, MANY)),
@@ -170,11 +190,16 @@ def check_values(config, path):
     check_known(config.architecture, MODELS, f"{path}: architecture")
     check_known(config.dataset, DATASETS, f"{path}: dataset")
     check_known(config.precision, ("auto", *PRECISIONS), f"{path}: precision")
+    check_known(config.train_on, ("locked", "original"), f"{path}: train_on")
     check_known(config.lr_scheduler.type, ("STEP", "COSINE", "HTD"), f"{path}: lr_scheduler.type")
     values = flatten(config)
     for key, (low, high) in RANGES.items():
         if not low <= values[key] <= high:  # not so for NaN either
             raise UserError(f"{path}: {key} is {values[key]}; it must lie between {low} and {high}")
+    if config.adversarial.eps > 0 and config.augmentation.normalize:
+        raise UserError(f"{path}: adversarial.eps is in pixels of [0, 1]; set augmentation.normalize to False")
+    if config.mixup and config.cutmix:
+        raise UserError(f"{path}: mixup and cutmix exclude each other; set one of them to False")
     if config.optimize.nesterov and config.optimize.momentum == 0:
         raise UserError(f"{path}: optimize.nesterov needs a momentum; set it to False")
     ckpt_path = Path(config.ckpt_path)

@@ -1,6 +1,7 @@
 """Data sets: CIFAR-10, scikit-learn's digits, and folders of images."""
 
-from collections import Counter
+import itertools
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,9 +77,10 @@ def load_digits(root, split):
 
 
 def load_folder(root, split):
-    """The images in root/<split>/<class>/, PNG or JPEG and of one size, ordered by class and then by file name.
+    """The images in root/<split>/<class>/, PNG or JPEG and of one size: the first of each class by name, the second...
 
-    Raises UserError naming the file or folder where one cannot be used.
+    So the first images of a split, which --subset takes, are of every class. Raises UserError naming the file or
+    folder where one cannot be used.
     """
     folder = Path(root, split)
     files, train_files = list_images(folder), list_images(Path(root, "train"))
@@ -90,16 +92,18 @@ def load_folder(root, split):
     size = read_image(first).shape
     if min(size[1:]) < 8:
         raise UserError(f"{first}: {size[2]}x{size[1]} pixels are too few; take images of at least 8x8")
-    images = torch.empty(len(files.samples), *size, dtype=torch.uint8)
-    for index, (path, _) in enumerate(files.samples):
+    nth = defaultdict(itertools.count)
+    samples = sorted(files.samples, key=lambda sample: next(nth[sample[1]]))  # sorted is stable: class by class
+    images = torch.empty(len(samples), *size, dtype=torch.uint8)
+    for index, (path, _) in enumerate(samples):
         image = read_image(path)
         if image.shape != size:
             found, expected = (f"{shape[2]}x{shape[1]}" for shape in (image.shape, size))
             raise UserError(f"{path}: is {found} pixels, but {first} is {expected}; bring all images to one size")
         images[index] = image
-    names = [Path(path).relative_to(folder).with_suffix(".png").as_posix() for path, _ in files.samples]
+    names = [Path(path).relative_to(folder).with_suffix(".png").as_posix() for path, _ in samples]
     check_names(names, files.classes, folder)
-    return Split(images, torch.tensor(files.targets), files.classes, names)
+    return Split(images, torch.tensor([label for _, label in samples]), files.classes, names)
 
 
 def is_plain(name):
@@ -132,6 +136,9 @@ def list_images(folder):
 
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; images go into {folder}/<class>/")
+    loose = next((path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")), None)
+    if loose:
+        raise UserError(f"{loose}: lies beside the folders of the classes; move it into one, or take it away")
     try:
         return ImageFolder(str(folder), is_valid_file=is_image)
     except FileNotFoundError as error:  # no class, or one without images

@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm import tqdm
 
@@ -27,6 +26,7 @@ import lockfiles
 import sealing
 import shards
 import utils
+from attack import attack
 from data import DATASETS, SPLITS, to_float, to_uint8
 from lockfiles import METHODS, Paths, attacks_of, sha256
 from models.base import Surrogate, load_classifier
@@ -65,50 +65,6 @@ def derangement(n, generator):
         permutation = torch.randperm(n, generator=generator)
         if (permutation != torch.arange(n)).all():
             return permutation.tolist()
-
-
-def project(images, centers, eps):
-    """The images [N, C, H, W] moved into the L2 balls of radius eps around their centers, then into [0, 1]."""
-    delta = (images - centers).renorm(p=2, dim=0, maxnorm=eps)
-    return (centers + delta).clamp(0, 1)
-
-
-def gradient_of(losses, logits, x):
-    """The gradient of every image's own loss [N, C, H, W]; losses [N] come from logits [N, classes], and those from x.
-
-    The gradient of a loss of 1e-5 is nothing in float16: through the network goes one of length 1, for each image.
-    """
-    (slopes,) = torch.autograd.grad(losses.sum(), logits, retain_graph=True)
-    lengths = slopes.norm(dim=1, keepdim=True).clamp(min=torch.finfo(slopes.dtype).tiny)
-    (gradient,) = torch.autograd.grad(logits, x, slopes / lengths)
-    return gradient * lengths[:, :, None, None]
-
-
-def attack(classifier, images, targets, eps, step_size, steps, on_step=lambda: None):
-    """Targeted PGD in an L2 ball, without random start; equals robustness' AttackerModel (use_best=True).
-
-    classifier maps images [N, C, H, W] in [0, 1] to logits [N, classes]; targets [N]; eps and step_size in units of
-    those pixels. Returns, image by image, the iterate of least cross-entropy to its target, of steps + 1: the image
-    itself and the last included. on_step is called after each evaluation. Raises UserError where the losses end in
-    NaN or infinity.
-    """
-    x, best = images, images
-    best_losses = torch.full((len(images),), torch.inf, device=images.device)
-    for step in range(steps + 1):
-        x = x.detach().requires_grad_(step < steps)
-        logits = classifier(x)
-        losses = F.cross_entropy(logits, targets, reduction="none")
-        better = losses.detach() < best_losses
-        best_losses = torch.where(better, losses.detach(), best_losses)
-        best = torch.where(better[:, None, None, None], x.detach(), best)
-        if step < steps:
-            gradient = gradient_of(losses, logits, x)
-            norms = gradient.flatten(1).norm(dim=1)[:, None, None, None]
-            x = project(x.detach() - step_size * gradient / (norms + 1e-10), images, eps)
-        on_step()
-    if not losses.isfinite().all():  # once they are not, they stay so until the last step
-        raise UserError("the base classifier gives no finite loss: choose --precision float32, or train it again")
-    return best
 
 
 def combine(attacked, method, alpha=0.5, lambd=0.5):
@@ -159,7 +115,7 @@ def lock_batch(classifier, surrogate, images, labels, maps, sources, methods, ar
     for name in attacks_of(methods):
         targets[name] = torch.tensor(maps[name], device=images.device)[classes]
         attacked[name] = attack(
-            surrogate, originals, targets[name], args.eps, args.attack_lr, args.attack_steps, on_step
+            surrogate, originals, targets[name], args.eps, args.attack_lr, args.attack_steps, on_step=on_step
         )
         with torch.no_grad():
             reached[name] = classifier(attacked[name]).argmax(1) == targets[name]
@@ -235,6 +191,8 @@ def weaknesses(summary):
     """What a lock with these numbers of summarize lacks, and what to do about it, as lines."""
     if min(summary["attacks"].values()) < 0.9:
         yield "many attacks miss their target: raise --eps and --attack-lr, or --attack-steps"
+    if summary["to_true"] > 0.25:
+        yield "many locked images are still given their true label: choose another --lock-method, as basic"
     if summary["base_accuracy"] < 0.5:
         yield "the base classifier is wrong on most originals: was it trained on them, and long enough?"
 
@@ -314,20 +272,18 @@ def describe(paths, manifest):
 
 def verify(folder):
     """Check every lock in a folder against its manifest; raises UserError where a file is absent or has changed."""
-    places = lockfiles.locks_in(folder)
+    places, wrong = lockfiles.locks_in(folder), 0
+    for path in sorted(Path(folder).glob(".lock_*")):
+        print(f"{path}: an interrupted lock; the command that began it finishes it")
     if not places:
-        raise UserError(f"--verify {folder}: holds no lock_*.json, so there is nothing to check it against")
-    wrong = 0
+        raise UserError(f"--verify {folder}: holds no lock_*.json; name a folder that was given as --lock-data")
     for paths in places:
         manifest = lockfiles.read_manifest(paths)
         errors = [*lockfiles.check_files(paths, manifest), *lockfiles.check_unlisted(paths, manifest)]
         wrong += len(errors)
         print(describe(paths, manifest) if not errors else "\n".join(map(utils.printable, errors)))
-    unfinished = [path for path in Path(folder).glob(".lock_*")]
-    for path in unfinished:
-        print(f"{path}: an interrupted lock; the command that began it finishes it")
     if wrong:
-        raise UserError(f"--verify {folder}: {wrong} files are not as they were locked, see above; lock again")
+        raise UserError(f"--verify {folder}: {wrong} files are not as they were locked, see above; get them again")
     print(f"{folder}: every file of {', '.join(paths.manifest.name for paths in places)} is as it was locked")
 
 
@@ -338,9 +294,13 @@ def unlock(args):
     sealed = {paths: manifest for paths, manifest in sealed.items() if manifest["sealed_with"]}
     if not sealed:
         raise UserError(f"--lock-data {args.lock_data}: holds no sealed lock; lock with --key-out")
-    paths = next((p for p, manifest in sealed.items() if manifest["sealed_with"] == sealing.fingerprint(key)), None)
-    if paths is None:
-        raise UserError(f"--key {args.key}: not the key that {args.lock_data} was sealed with")
+    mine, keys = sealing.fingerprint(key), [manifest["sealed_with"] for manifest in sealed.values()]
+    if mine not in keys:
+        raise UserError(
+            f"--key {args.key}: not the key that {args.lock_data} was sealed with: its fingerprint is {mine}, and "
+            f"sealed_with in the manifest is {', '.join(keys)}"
+        )
+    paths = next(paths for paths, manifest in sealed.items() if manifest["sealed_with"] == mine)
     manifest, originals = sealed[paths], {}
     for split in SPLITS:
         locked, _ = lockfiles.load_split(paths, split, manifest)
@@ -351,9 +311,9 @@ def unlock(args):
 
 def write_originals(out, originals, formats):
     """Write Splits in the formats to a folder; what an interrupted call has left there is replaced."""
-    staging = out / ".new"
+    staging = out / ".unlocking"
     with utils.exclusive(out):
-        if not staging.exists() and any(path.name != ".lock" for path in out.iterdir()):
+        if any(path.name not in (".lock", staging.name) for path in out.iterdir()):
             raise UserError(f"--orig-data {out}: holds files already; name a folder that is empty or not there yet")
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
@@ -365,9 +325,7 @@ def write_originals(out, originals, formats):
                     write_file(Paths(staging, "original").file(split, kind), lockfiles.to_bytes(tensor))
         utils.sync_disks()
         for path in staging.iterdir():
-            target = out / path.name
-            shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
-            path.rename(target)
+            path.rename(out / path.name)
         staging.rmdir()
     for split, original in originals.items():
         print(f"{split}: {len(original.images)} original images in {out}, bit for bit as they were before locking")
@@ -377,7 +335,7 @@ def parse_arguments():
     parser = utils.Parser(__doc__)
     add = parser.add_argument
     add("--dataset", choices=DATASETS, default="cifar", help="the data set to lock (cifar and cifar10 are one)")
-    add("--orig-data", default="./data/cifar10", help="its folder (default: %(default)s)")
+    add("--orig-data", help="its folder, or the one to unlock to (default: ./data/cifar10, but none with --unlock)")
     add("--lock-data", default="./data", help="folder to write the locked files to (default: %(default)s)")
     add(
         "--resume-path",
@@ -427,6 +385,9 @@ def parse_arguments():
     args = parser.parse_args()
     if bool(args.unlock) != bool(args.key):
         raise UserError("--unlock and --key KEYFILE go together")
+    if args.unlock and not args.orig_data:
+        raise UserError("--unlock needs --orig-data: a new folder for the originals")
+    args.orig_data = args.orig_data or "./data/cifar10"
     for flag, path in {"--key-out": args.key_out, "--orig-data": args.unlock and args.orig_data}.items():
         if path and Path(args.lock_data).resolve() in [Path(path).resolve(), *Path(path).resolve().parents]:
             raise UserError(f"{flag} {path}: lies in the folder that is handed out; name another place")

@@ -62,12 +62,16 @@ def refuse_others(where, then, now):
             )
 
 
-def finished(paths, settings, overwrite):
+def finished(paths, settings, args):
     """The manifest of a finished lock of these settings, or None where there is something to do.
 
-    Raises UserError where files of other settings, or of other origin, would be replaced without overwrite.
+    Raises UserError where files of other settings, or of other origin, would be replaced without --overwrite, and
+    where seals would be lost.
     """
-    if overwrite:
+    if args.overwrite:
+        seal = next((path for path in paths.groups()["sealed"] if path.exists()), None)
+        if seal and not args.key_out:
+            raise UserError(f"{seal}: --overwrite would delete this seal for good; give --key-out, or take it away")
         return None
     manifest = lockfiles.read_manifest(paths)
     if manifest:
@@ -86,9 +90,13 @@ def finished(paths, settings, overwrite):
 def check_finished(paths, manifest, key_out):
     """Raise UserError where a file of a finished lock has changed, or where its seal is of another key."""
     for error in lockfiles.check_files(paths, manifest):
-        raise UserError(f"{error}; lock again with --overwrite")
+        raise UserError(f"{error}; get it again from a copy, or lock again with --overwrite")
     sealed_with = manifest["sealed_with"]
-    if key_out and sealed_with and sealing.fingerprint(sealing.read_key(key_out)) != sealed_with:
+    if (
+        key_out
+        and sealed_with
+        and not (Path(key_out).exists() and sealing.fingerprint(sealing.read_key(key_out)) == sealed_with)
+    ):
         raise UserError(f"--key-out {key_out}: {paths.manifest} is sealed with another key; name that one")
 
 
@@ -100,6 +108,13 @@ def check_places(places, args):
         tree, originals = paths.tree.resolve(), Path(args.orig_data).resolve()
         if tree == originals or tree in originals.parents:
             raise UserError(f"--lock-data {args.lock_data}: {tree} would replace --orig-data; name another folder")
+        locked = paths.folder.resolve()
+        inside = originals in locked.parents or (args.dataset == "folder" and locked in originals.parents)
+        if locked == originals or inside:
+            raise UserError(
+                f"--lock-data {args.lock_data}: what is handed out and the originals in {args.orig_data} lie in one "
+                "another; name another folder"
+            )
 
 
 def prepare(places, settings, args):
@@ -108,7 +123,7 @@ def prepare(places, settings, args):
     Raises UserError before anything is changed.
     """
     check_places(places, args)
-    manifests = {method: finished(paths, settings[method], args.overwrite) for method, paths in places.items()}
+    manifests = {method: finished(paths, settings[method], args) for method, paths in places.items()}
     for method, paths in places.items():
         if manifests[method]:
             check_finished(paths, manifests[method], args.key_out)

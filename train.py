@@ -5,7 +5,7 @@
 reads config.yaml in the work path (CIFAR-ZOO's keys) and trains on the locked training set. Each evaluation
 reports the accuracy on the locked and on the original test set. Any key can be given as a flag too, as
 --epochs 30 or --lr_scheduler.base_lr 0.05. Log, curves, pictures, checkpoints and result.json go to a folder
-of each lock method and seed: experiments/cifar10/preresnet110/basic/seed0.
+of each lock method and seed: experiments/cifar10/preresnet110/basic/seed0; with --name, between the two.
 """
 
 import hashlib
@@ -17,19 +17,22 @@ import os
 import shutil
 import time
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import utils
-from augmentation import as_inputs, augment, mixup
+from attack import attack
+from augmentation import as_inputs, augment, make_mixer, preprocess
 from config import CONFIG, CONFIG_HELP, load_config
-from data import DATASETS, SPLITS, one_name, to_float
+from data import DATASETS, SPLITS, is_plain, one_name, to_float
 from lockfiles import METHODS, Paths, hash_tensor, load_locked, load_whole, lock_suffix, parse_suffix, split_path
 from models import MODELS
 from utils import PRECISIONS, UserError, flatten, number, write_file
@@ -74,27 +77,43 @@ def forward(model, inputs, config):
         return model(inputs).float()
 
 
+def attack_inputs(model, inputs, targets, config):
+    """Inputs float32 [N, 3, H, W] in [0, 1], led away from their targets as the model is now (Madry et al., 2018)."""
+    options = config.adversarial
+    classifier = partial(forward, model.eval(), config=config)
+    attacked = attack(classifier, inputs, targets, options.eps, options.attack_lr, options.attack_steps, targeted=False)
+    model.train()
+    return attacked
+
+
 def train_epoch(learner, images, labels, config):
     """One pass in random order over images uint8 [N, 3, H, W]; returns mean loss and accuracy in percent."""
     model, optimizer, scaler = learner
     model.train()
+    mix = make_mixer(config)
     loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=images.device)
     order = torch.randperm(len(images), device=images.device)
     for indices in tqdm(order.split(config.batch_size), leave=False, disable=None):
         inputs, targets = augment(images[indices], config), labels[indices]
-        others, weight = targets, 1.0
-        if config.mixup:
-            inputs, others, weight = mixup(inputs, targets, config.mixup_alpha)
+        if mix:
+            inputs, targets = mix(inputs, targets)
+        if config.adversarial.eps > 0:
+            inputs = attack_inputs(model, inputs, targets, config)
         logits = forward(model, inputs, config)
-        loss = weight * F.cross_entropy(logits, targets) + (1 - weight) * F.cross_entropy(logits, others)
+        loss = F.cross_entropy(logits, targets)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        predictions = logits.argmax(1)
         loss_sum += loss.detach() * len(indices)
-        correct += weight * (predictions == targets).sum() + (1 - weight) * (predictions == others).sum()
+        correct += hits(logits, targets).sum()
     return loss_sum.item() / len(images), 100 * correct.item() / len(images)
+
+
+def hits(logits, targets):
+    """Whether each prediction is right; where targets are probabilities [N, classes], that of the predicted class."""
+    predictions = logits.argmax(1)
+    return targets.gather(1, predictions[:, None])[:, 0] if targets.dim() == 2 else predictions == targets
 
 
 @torch.no_grad()
@@ -105,7 +124,7 @@ def evaluate(model, images, labels, config):
     for batch, targets in zip(images.split(config.test_batch), labels.split(config.test_batch)):
         logits = forward(model, as_inputs(batch, config), config)
         loss_sum += F.cross_entropy(logits, targets, reduction="sum")
-        correct += (logits.argmax(1) == targets).sum()
+        correct += hits(logits, targets).sum()
     return loss_sum.item() / len(images), 100 * correct.item() / len(images)
 
 
@@ -113,8 +132,8 @@ def evaluate(model, images, labels, config):
 
 
 def load_data(config):
-    """The splits {name: (images uint8 [N, 3, H, W], labels int64 [N])}: locked_train, locked_test and original;
-    and the manifest of the lock, or None where the locked files have none.
+    """The splits {name: (images uint8 [N, 3, H, W], labels int64 [N])}: train, which is the locked one, or else the
+    same number of originals; locked_test and original. And the manifest of the lock, or None where it has none.
 
     Raises UserError where a file is absent, has changed, or does not fit the config or the other files.
     """
@@ -141,7 +160,11 @@ def load_data(config):
     for split, manifest in manifests.items():
         if manifest:
             check_manifest(manifest, split, manifests["train"], original, config)
-    return data, manifests["train"]
+    data = {"train": data.pop("locked_train"), **data}
+    if config.train_on == "original":
+        images, labels, *_ = DATASETS[config.dataset].load(config.orig_data_path, "train")
+        data["train"] = tuple(tensor[: len(data["train"][0])] for tensor in (images, labels))
+    return {name: (preprocess(images, config), labels) for name, (images, labels) in data.items()}, manifests["train"]
 
 
 def check_manifest(manifest, split, train_manifest, original, config):
@@ -154,8 +177,8 @@ def check_manifest(manifest, split, train_manifest, original, config):
     if settings["classes"] != original.classes:
         raise UserError(f"{path}: its classes are not those of {config.orig_data_path}; name the data that was locked")
     if len(settings["classes"]) != config.num_classes:
-        found = f"{len(settings['classes'])} classes"
-        raise UserError(f"{path}: has {found}, but num_classes is {config.num_classes}; set it to that")
+        found = len(settings["classes"])
+        raise UserError(f"{path}: has {found} classes, but num_classes is {config.num_classes}; set it to {found}")
     if settings != train_manifest["settings"]:
         raise UserError(f"{path}: another lock than that of {config.locked_train_image}; name the files of one lock")
     if split == "test":
@@ -265,6 +288,7 @@ def parse_arguments():
     """The arguments, and the config with the flags' values in it."""
     parser = utils.Parser(__doc__)
     parser.add_argument("--work-path", required=True, help="folder of an experiment, with its config.yaml")
+    parser.add_argument("--name", default="", help="folder of the run below the method's, to keep other runs apart")
     parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="start again where the run's folder holds one already")
     parser.add_argument("--lock-method", choices=METHODS, help="use the files of this method")
@@ -279,6 +303,8 @@ def parse_arguments():
     if unknown:
         name = unknown[0].removeprefix("--").partition("=")[0]
         raise UserError(f"unknown flag {unknown[0]}{utils.did_you_mean(name, flatten(CONFIG))}")
+    if args.name and (not is_plain(args.name) or args.name.startswith((".", "seed"))):
+        raise UserError(f"--name {args.name}: must be the name of a folder, and not begin with a dot or with seed")
     overrides = {key: value for key, value in vars(args).items() if key in flatten(CONFIG) and value is not None}
     config = load_config(Path(args.work_path, "config.yaml"), overrides)
     given = {name: value for name in ("alpha", "lambd") if (value := getattr(args, name)) is not None}
@@ -310,13 +336,16 @@ def prepare_folder(folder, args):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def summary(config, suffix, history):
+def summary(config, suffix, name, history):
     """What result.json says of a run: accuracies in percent, at the last evaluation and at the best on locked ones."""
+    method, parameters = parse_suffix(suffix)
     last, best = history[-1], max(history, key=lambda record: record["locked_acc"])
     return {
         "architecture": config.architecture,
         "dataset": config.dataset,
-        "lock_method": parse_suffix(suffix)[0],
+        "lock_method": method,
+        **parameters,
+        "name": name,
         "seed": config.seed,
         "epochs": last["epoch"],
         "locked_acc": last["locked_acc"],
@@ -345,6 +374,16 @@ def open_writers(folder, first_epoch):
     return {name: SummaryWriter(path, purge_step=first_epoch) for name, path in folders.items()}
 
 
+def add_hparams(writer, config, result):
+    """Write the config and the final accuracies to TensorBoard's table of hyper-parameters."""
+    values = {key: str(value) if isinstance(value, list) else value for key, value in flatten(config).items()}
+    metrics = {f"final/{name}": value for name, value in result.items() if name.endswith("_acc")}
+    for part in hparams({**values, "lock_method": result["lock_method"], "name": result["name"]}, metrics):
+        writer.file_writer.add_summary(part)  # SummaryWriter.add_hparams would make a run of its own
+    for name, value in metrics.items():
+        writer.add_scalar(name, value, result["epochs"])
+
+
 def evaluate_both(model, data, config):
     """Loss and accuracy on the locked and on the original test set, as a record of the run's history."""
     locked_loss, locked_acc = evaluate(model, *data["locked_test"], config)
@@ -358,7 +397,7 @@ def run_epoch(learner, data, epoch, config, writers, log):
     lr = learning_rate(config, epoch - 1)
     for group in learner.optimizer.param_groups:
         group["lr"] = lr
-    loss, accuracy = train_epoch(learner, *data["locked_train"], config)
+    loss, accuracy = train_epoch(learner, *data["train"], config)
     for tag, value in {"learning rate": lr, "loss/train": loss, "accuracy/train": accuracy}.items():
         writers["run"].add_scalar(tag, value, epoch)
     line = f"epoch {epoch:4}/{config.epochs}  lr {lr:.5f}  train loss {loss:.4f}, accuracy {accuracy:6.2f} %"
@@ -429,19 +468,20 @@ def run(args, config, data, manifest, folder, suffix):
         if checkpoint.exists():
             os.replace(checkpoint, previous(checkpoint))
         save_checkpoint(checkpoint, learner, epoch, history, config, data_hash)
+    result = summary(config, suffix, args.name, history)
+    add_hparams(writers["run"], config, result)
     for writer in writers.values():
         writer.close()
 
-    result = summary(config, suffix, history)
     content = {**result, "config": config, "history": history, "lock": manifest}
     write_file(folder / "result.json", json.dumps(content, indent=1).encode())
     log(f"pictures (originals, locked, ten times the difference): {picture}")
     log(f"curves: tensorboard --logdir {args.work_path}")
     log(
-        "{architecture}, {lock_method}, seed {seed}, {epochs} epochs: "
+        "{architecture}, {lock_method}{comma_name}, seed {seed}, {epochs} epochs: "
         "locked {locked_acc:.2f} %, original {orig_acc:.2f} % "
         "(best locked {best_locked_acc:.2f} % at epoch {best_epoch}, original then {orig_acc_at_best:.2f} %; "
-        "largest original {max_orig_acc:.2f} %)".format(**result)
+        "largest original {max_orig_acc:.2f} %)".format(comma_name=args.name and f", {args.name}", **result)
     )
 
 
@@ -449,7 +489,7 @@ def main():
     args, config = parse_arguments()
     data, manifest = load_data(config)
     suffix = split_path(Path(config.locked_train_image))[0].suffix or Path(config.locked_train_image).name
-    folder = Path(args.work_path, suffix, f"seed{config.seed}")
+    folder = Path(args.work_path, suffix, args.name, f"seed{config.seed}")
     with utils.exclusive(folder), utils.naming(folder):
         prepare_folder(folder, args)
         run(args, config, data, manifest, folder, suffix)

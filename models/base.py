@@ -189,7 +189,7 @@ def load_base(path, arch, dataset, num_classes=10):
     except RuntimeError as error:
         raise UserError(
             f"{path}: not a checkpoint of --arch {arch} and {num_classes} classes; "
-            "name the architecture and the data set that it was trained with"
+            "name the architecture that it has, or train one on these data with python -m models.base"
         ) from error
     return model.eval()
 

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import lock
+from attack import attack, gradient_of, project
 from models.base import ROBUSTNESS_DATASETS, AttackerModel, DummyModel, Surrogate, attacker_model, cuda_optional
 from tests.conftest import small_classifier
 from utils import PRECISIONS, UserError, pick_precision
@@ -27,8 +27,11 @@ class Recorder(nn.Module):
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("eps, step_size, steps", [(0.5, 0.1, 30), (2.0, 0.4, 10), (0.5, 0.1, 1)])
-def test_equals_robustness(seed, eps, step_size, steps):
+@pytest.mark.parametrize(
+    "eps, step_size, steps, targeted",
+    [(0.5, 0.1, 30, True), (2.0, 0.4, 10, True), (0.5, 0.1, 1, True), (0.5, 0.1, 7, False)],
+)
+def test_equals_robustness(seed, eps, step_size, steps, targeted):
     """In float64: in float32 rounding can send an image past a kink, and the two ways part by up to 1e-4."""
     torch.manual_seed(seed)
     reference = AttackerModel(DummyModel(small_classifier()), ROBUSTNESS_DATASETS["cifar"](".")).eval().double()
@@ -36,10 +39,10 @@ def test_equals_robustness(seed, eps, step_size, steps):
     images, targets = saturated_images(11).double(), torch.randint(10, (11,))
     with cuda_optional():
         _, expected = reference(
-            images, targets, make_adv=True, constraint="2", targeted=True,
+            images, targets, make_adv=True, constraint="2", targeted=targeted,
             eps=eps, step_size=step_size, iterations=steps,
         )  # fmt: skip
-    attacked = lock.attack(classifier, images, targets, eps, step_size, steps)
+    attacked = attack(classifier, images, targets, eps, step_size, steps, targeted)
     assert not torch.equal(attacked, images)
     torch.testing.assert_close(attacked, expected, atol=1e-9, rtol=0)
 
@@ -47,7 +50,7 @@ def test_equals_robustness(seed, eps, step_size, steps):
 def test_every_iterate_is_in_the_ball_and_in_range():
     recorder = Recorder(small_classifier())
     images = saturated_images(6)
-    lock.attack(recorder, images, torch.randint(10, (6,)), eps=0.3, step_size=0.2, steps=15)
+    attack(recorder, images, torch.randint(10, (6,)), eps=0.3, step_size=0.2, steps=15)
     assert len(recorder.seen) == 16
     for iterate in recorder.seen:
         assert iterate.min() >= 0 and iterate.max() <= 1
@@ -61,17 +64,17 @@ def test_one_step_has_its_closed_form():
     linear = nn.Linear(48, 2, bias=False)
     linear.weight.data = torch.stack([torch.zeros(48), w])
     images = torch.full((2, 3, 4, 4), 0.5)
-    attacked = lock.attack(nn.Sequential(nn.Flatten(), linear), images, torch.tensor([1, 0]), 0.5, 0.1, 1)
+    attacked = attack(nn.Sequential(nn.Flatten(), linear), images, torch.tensor([1, 0]), 0.5, 0.1, 1)
     expected = torch.stack([0.1 * w / w.norm(), -0.1 * w / w.norm()]).view(2, 3, 4, 4)
     torch.testing.assert_close(attacked - images, expected, atol=1e-6, rtol=0)
-    assert torch.allclose(lock.project(images + 10 * expected, images, 0.25), images + 2.5 * expected, atol=1e-6)
+    assert torch.allclose(project(images + 10 * expected, images, 0.25), images + 2.5 * expected, atol=1e-6)
 
 
 def test_best_iterate_is_kept():
     recorder = Recorder(small_classifier())
     images, targets = saturated_images(8), torch.randint(10, (8,))
     # steps as long as the radius overshoot, so that the best iterate is not the last one
-    attacked = lock.attack(recorder, images, targets, eps=1.0, step_size=1.0, steps=12)
+    attacked = attack(recorder, images, targets, eps=1.0, step_size=1.0, steps=12)
     losses = torch.stack([F.cross_entropy(recorder.classifier(x), targets, reduction="none") for x in recorder.seen])
     best = losses.argmin(0)
     assert (best < 12).any()
@@ -82,7 +85,7 @@ def test_an_image_that_no_step_improves_is_kept():
     images = saturated_images(3)
     constant = nn.Sequential(nn.Flatten(), nn.Linear(768, 2))
     constant[1].weight.data.zero_()
-    assert torch.equal(lock.attack(constant, images, torch.tensor([0, 1, 0]), 0.5, 0.1, 3), images)
+    assert torch.equal(attack(constant, images, torch.tensor([0, 1, 0]), 0.5, 0.1, 3), images)
 
 
 def test_a_classifier_without_finite_losses_is_no_lock():
@@ -90,13 +93,13 @@ def test_a_classifier_without_finite_losses_is_no_lock():
     classifier = small_classifier()
     classifier[1].running_var -= 100
     with pytest.raises(UserError, match="no finite loss"):
-        lock.attack(classifier, saturated_images(3), torch.tensor([0, 1, 0]), 0.5, 0.1, 3)
+        attack(classifier, saturated_images(3), torch.tensor([0, 1, 0]), 0.5, 0.1, 3)
 
 
 def test_an_image_is_attacked_alike_in_any_batch():
     classifier, images, targets = small_classifier().double(), saturated_images(7).double(), torch.randint(10, (7,))
-    together = lock.attack(classifier, images, targets, 0.5, 0.1, 10)
-    alone = torch.cat([lock.attack(classifier, images[i : i + 1], targets[i : i + 1], 0.5, 0.1, 10) for i in range(7)])
+    together = attack(classifier, images, targets, 0.5, 0.1, 10)
+    alone = torch.cat([attack(classifier, images[i : i + 1], targets[i : i + 1], 0.5, 0.1, 10) for i in range(7)])
     torch.testing.assert_close(together, alone, atol=1e-9, rtol=0)
 
 
@@ -112,7 +115,7 @@ def test_the_gradient_is_every_images_own_also_where_float16_has_none():
         x = x.detach().requires_grad_()
         logits = network(x).float() + bias
         losses = F.cross_entropy(logits, targets, reduction="none")
-        return losses, lock.gradient_of(losses, logits, x)
+        return losses, gradient_of(losses, logits, x)
 
     losses, found = gradients(classifier, images)
     assert losses[:3].min() > 0.1 and losses[3:].max() < 1e-6
@@ -133,7 +136,7 @@ def test_a_constant_classifier_has_no_gradient():
     x = torch.rand(2, 3, 4, 4, requires_grad=True)
     logits = x.flatten(1) @ torch.zeros(48, 10) + torch.tensor([200.0] + [0] * 9)
     losses = F.cross_entropy(logits, torch.zeros(2, dtype=torch.long), reduction="none")
-    assert torch.equal(lock.gradient_of(losses, logits, x), torch.zeros_like(x))
+    assert torch.equal(gradient_of(losses, logits, x), torch.zeros_like(x))
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "vgg11", "densenet_cifar", "preresnet8", "resnet20", "densenet100bc"])
@@ -154,8 +157,8 @@ def test_the_surrogate_is_the_classifier_with_batch_norm_folded(arch):
 def test_attacks_in_half_precision_do_what_those_in_float32_do(precision):
     classifier, images = small_classifier(), saturated_images(40)
     targets, flags = torch.randint(10, (40,)), {"eps": 1.0, "step_size": 0.2, "steps": 20}
-    exact = lock.attack(classifier, images, targets, **flags)
-    attacked = lock.attack(small_classifier_in(classifier, PRECISIONS[precision]), images, targets, **flags)
+    exact = attack(classifier, images, targets, **flags)
+    attacked = attack(small_classifier_in(classifier, PRECISIONS[precision]), images, targets, **flags)
     assert attacked.dtype == torch.float32 and attacked.min() >= 0 and attacked.max() <= 1
     assert (attacked - images).flatten(1).norm(dim=1).max() <= 1.0 + 1e-6
     losses = [F.cross_entropy(classifier(x), targets) for x in (images, exact, attacked)]

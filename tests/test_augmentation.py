@@ -34,13 +34,42 @@ def test_cutout():
     assert torch.equal(augmentation.cutout(torch.ones(2, 3, 8, 8), holes=0, length=8), torch.ones(2, 3, 8, 8))
 
 
-def test_mixup():
-    inputs = torch.eye(6)[:, :, None, None]
-    blend, others, weight = augmentation.mixup(inputs, torch.arange(6), alpha=0.4)
-    expected = weight * torch.eye(6) + (1 - weight) * torch.eye(6)[others]
-    assert 0 < weight < 1
-    assert augmentation.mixup(inputs, torch.arange(6), alpha=0)[2] == 1
-    torch.testing.assert_close(blend[:, :, 0, 0], expected)
+def test_mixup_and_cutmix(tmp_path):
+    """What they do to images, whose pixels are all the number of the image, they do to the targets."""
+    images = torch.arange(6.0)[:, None, None, None].expand(6, 3, 8, 8)
+    for key in ("mixup", "cutmix"):
+        config = config_of(tmp_path, MINIMAL, **{key: "True"})
+        mixed, targets = augmentation.make_mixer(config)(images, torch.arange(6))
+        torch.testing.assert_close(targets.sum(1), torch.ones(6))
+        torch.testing.assert_close(mixed.mean((1, 2, 3)), targets @ torch.arange(10.0))
+        assert (mixed == images).any() == (key == "cutmix")
+    assert augmentation.make_mixer(config_of(tmp_path, MINIMAL)) is None
+    assert augmentation.make_mixer(config_of(tmp_path, MINIMAL, mixup="True", mixup_alpha="0")) is None
+
+
+def test_preprocessing(tmp_path):
+    images = torch.randint(256, (4, 3, 16, 12), dtype=torch.uint8)
+
+    def preprocessed(key, value, images=images):
+        return augmentation.preprocess(images, config_of(tmp_path, MINIMAL, **{f"preprocess.{key}": value}))
+
+    assert torch.equal(preprocessed("bits", "8"), images)
+    assert torch.equal(preprocessed("bits", "2"), images // 64 * 64)
+    grey = preprocessed("grayscale", "True")
+    weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]  # of BT.601
+    assert grey.is_contiguous() and grey.shape == images.shape
+    assert ((weights * images).sum(1, keepdim=True) - grey.float()).abs().max() <= 1.1
+    ramps = torch.arange(0, 256, 16, dtype=torch.uint8).view(16, 1).expand(4, 3, 16, 12).clone()
+    ramps[1:] = ramps[1:].flip(2)
+    ramps[3] //= 2
+    errors = [(preprocessed("jpeg_quality", str(q), ramps).float() - ramps).abs().mean((1, 2, 3)) for q in (90, 10)]
+    assert (errors[0] < errors[1]).all() and errors[0].max() < 2 < errors[1].min() and errors[1].max() < 20
+    dot = torch.zeros(1, 3, 15, 15, dtype=torch.uint8)
+    dot[..., 7, 7] = 255
+    blurred = preprocessed("blur", "1.0", dot)
+    gauss = torch.exp(-((torch.arange(15) - 7.0) ** 2) / 2)
+    expected = 255 * torch.outer(gauss, gauss) / gauss.sum() ** 2
+    torch.testing.assert_close(blurred.float(), expected.expand(1, 3, 15, 15), atol=1, rtol=0)
 
 
 def test_normalize_does_what_it_says(tmp_path):

@@ -43,7 +43,9 @@ def test_locking_twice_gives_the_same_bytes(place, command, tmp_path):
 
 def test_all_methods_at_once_give_the_files_that_each_gives_alone(place, command, monkeypatch, tmp_path):
     attacks, attack = [], lock.attack
-    monkeypatch.setattr(lock, "attack", lambda *args: attacks.append(len(args[1])) or attack(*args))
+    monkeypatch.setattr(
+        lock, "attack", lambda *args, **options: attacks.append(len(args[1])) or attack(*args, **options)
+    )
     command(lock.main, *lock_flags(place), "--lock-data", tmp_path, "--lock-method", "all")
     assert sum(attacks) == 4 * (96 + 96)  # four target maps, two splits
     assert len([path for path in tmp_path.iterdir() if not path.name.startswith(".")]) == 4 * 5

@@ -35,14 +35,14 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_folder_is_read_by_class_and_name(folder):
+def test_a_folder_is_read_by_name_a_class_after_the_other(folder):
     grey = Image.fromarray(COLOURS[:, :, 0])
     write(folder, "train/cat/a.PNG", grey)
     opaque = np.dstack([COLOURS, np.full((9, 12), 255, np.uint8)])
     write(folder, "train/dog/c.png", Image.fromarray(opaque))
     train_split = data.load_folder(folder, "train")
-    assert train_split.classes == ["cat", "dog"] and train_split.labels.tolist() == [0, 0, 1]
-    assert train_split.names == ["cat/a.png", "cat/b.png", "dog/c.png"]
+    assert train_split.classes == ["cat", "dog"] and train_split.labels.tolist() == [0, 1, 0]
+    assert train_split.names == ["cat/a.png", "dog/c.png", "cat/b.png"]
     pixels = torch.from_numpy(COLOURS).permute(2, 0, 1)
     assert train_split.images.shape == (3, 3, 9, 12)
     assert torch.equal(train_split.images, torch.stack([pixels[:1].expand(3, -1, -1), pixels, pixels]))
@@ -73,6 +73,7 @@ def test_a_jpeg_is_turned_upright(folder):
         (lambda f: (f / "test/cat/f.png").write_bytes(b"no image"), "f.png: cannot be read as an image"),
         (lambda f: (f / "test/dog/e.png").unlink(), "test: expected a folder of images for each class"),
         (lambda f: (f / "test").rename(f / "val"), "test: no such folder; images go into .*test/<class>/"),
+        (lambda f: write(f, "test/f.png"), "test/f.png: lies beside the folders of the classes"),
         (lambda f: write(f, "train/cow/f.png"), "test: lacks the classes cow, which .*train has"),
     ],
 )
@@ -129,12 +130,14 @@ def test_the_three_commands_and_back(digits, command, user_error, tmp_path):
     assert result["lock"] == manifest and result["dataset"] == "folder"
 
     command(lock.main, "--unlock", "--key", key, "--lock-data", locked, "--orig-data", tmp_path / "out")
+    line = user_error(lock.main, *flags, "--overwrite")
+    assert "train_sealed_basic: --overwrite would delete this seal for good; give --key-out" in line
     restored = data.load_folder(tmp_path / "out", "train")
     originals = data.load_folder(photos, "train")
     assert restored.names == originals.names and torch.equal(restored.images, originals.images)
 
     again = ["--work-path", tmp_path, "--lock-data", locked, "--seed", 1]
-    assert "has 4 classes, but num_classes is 5; set it to that" in user_error(train.main, *again, "--num_classes", 5)
+    assert "has 4 classes, but num_classes is 5; set it to 4" in user_error(train.main, *again, "--num_classes", 5)
     line = user_error(train.main, *again, "--architecture", "vgg19")
     assert "vgg19: does not take images of 24x20 pixels; choose another" in line
 
@@ -154,6 +157,9 @@ def test_mistakes_with_a_folder(digits, user_error, tmp_path):
         write(tmp_path / "sizes", name, Image.new("RGB", (16, 16)) if name.startswith("test") else None)
     line = user_error(lock.main, *flags, "--orig-data", tmp_path / "sizes")
     assert "1.png: is 16x16 pixels, but" in line
+    for inside in ("", "/new", "/.."):
+        line = user_error(lock.main, *flags, "--lock-data", f"{digits}/photos{inside}")
+        assert "what is handed out and the originals in" in line
     line = user_error(base.train, "--dataset", "folder", "--data", digits / "photos", "--adv-train", 0, "--arch",
                       "resnet18", "--out-dir", tmp_path, "--exp-name", "new", "--workers", 0)  # fmt: skip
     assert "--arch resnet18: does not take images of 24x20 pixels; choose another" in line

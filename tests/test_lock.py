@@ -108,7 +108,7 @@ def lock_by(method, folder, classifier, images, labels, split, **flags):
 def test_targets_come_from_labels_on_train_and_from_predictions_on_test(monkeypatch, tmp_path):
     """The classes below are wrong on purpose: labels and predictions never agree."""
     aimed_at = []
-    monkeypatch.setattr(lock, "attack", lambda model, images, targets, *rest: aimed_at.append(targets) or images)
+    monkeypatch.setattr(lock, "attack", lambda model, images, targets, *rest, **_: aimed_at.append(targets) or images)
     predicted = torch.arange(10)
     images = ((predicted + 0.5) / 10 * 255).round().to(torch.uint8)[:, None, None, None].expand(10, 3, 16, 16)
     labels = (predicted + 3) % 10
@@ -156,6 +156,8 @@ def test_report():
     assert not list(lock.weaknesses(shards.summarize(strong, "basic")))
     blind = {**strong, "base": torch.zeros(4)}
     assert "wrong on most originals" in " ".join(lock.weaknesses(shards.summarize(blind, "basic")))
+    kept = {**strong, "to_true": torch.tensor([1.0, 1, 0, 0])}
+    assert "still given their true label" in " ".join(lock.weaknesses(shards.summarize(kept, "basic")))
 
 
 def test_measurements():

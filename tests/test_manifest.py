@@ -116,7 +116,10 @@ def test_verify(place, locked, command, user_error, capsys):
     assert "lock_basic.json: not a manifest of lock.py" in user_error(lock.main, "--verify", locked)
     (locked / "lock_basic.json").write_text((place / "lock_basic.json").read_text()[:100])
     assert "lock_basic.json: not JSON, or damaged" in user_error(lock.main, "--verify", locked)
-    assert "holds no lock_*.json" in user_error(lock.main, "--verify", locked / "none")
+    (locked / ".lock_basic").mkdir()
+    for path in locked.glob("lock_*.json"):
+        path.unlink()
+    assert "holds no lock_*.json; name a folder that" in user_error(lock.main, "--verify", locked)
 
 
 @pytest.mark.parametrize(
@@ -253,11 +256,11 @@ def interrupt(monkeypatch, at):
     """Let Ctrl-C come in the attack with the number at; returns the list to which the attacks' sizes are added."""
     sizes, attack = [], lock.attack
 
-    def interrupted(classifier, images, *rest):
+    def interrupted(classifier, images, *rest, **options):
         sizes.append(len(images))
         if len(sizes) == at:
             raise KeyboardInterrupt
-        return attack(classifier, images, *rest)
+        return attack(classifier, images, *rest, **options)
 
     monkeypatch.setattr(lock, "attack", interrupted)
     return sizes

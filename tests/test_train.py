@@ -65,16 +65,16 @@ class Recorder:
         self.scalars[tag, step] = value
 
 
-def test_an_epoch_trains_on_the_locked_images_and_tells_the_test_sets_apart():
+def test_an_epoch_trains_on_the_training_set_and_tells_the_test_sets_apart():
     """Black is 0 and white 1, but the other way round on the locked test set: all wrong there, and all right here."""
     config = EasyDict(CONFIG | {"precision": "float32", "epochs": 3, "eval_freq": 3, "batch_size": 8, "test_batch": 4})
     config.augmentation.random_crop = False
     config.lr_scheduler.lr_epochs = [1, 2]
     data = {
-        "locked_train": two_tones(200, [0, 1]), "locked_test": two_tones(10, [1, 0]), "original": two_tones(20, [0, 1])
+        "train": two_tones(200, [0, 1]), "locked_test": two_tones(10, [1, 0]), "original": two_tones(20, [0, 1])
     }  # fmt: skip
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
-    # starts by taking black for 1 and white for 0, so that only training on locked_train sets it right
+    # starts by taking black for 1 and white for 0, so that only training on the training set sets it right
     model[1].weight.data = torch.tensor([[0.001], [-0.001]]).expand(2, 48).clone()
     model[1].bias.data = torch.tensor([-0.01, 0.01])
     learner = learner_of(model, lr=123)
@@ -136,11 +136,12 @@ def test_the_state_of_a_float16_training_is_kept(tmp_path):
         assert torch.equal(mine, theirs)
 
 
-def test_mixup_weighs_both_targets_in_the_loss(monkeypatch):
+def test_blended_targets_count_by_their_weight(monkeypatch):
     """With a weight of 1/4, blends of 0 and 1 in equal parts are three quarters of the other class."""
-    config = EasyDict(CONFIG | {"precision": "float32", "mixup": True, "batch_size": 10})
+    config = EasyDict(CONFIG | {"precision": "float32", "batch_size": 10})
     config.augmentation.random_crop = False
-    monkeypatch.setattr(train, "mixup", lambda inputs, targets, alpha: (inputs, 1 - targets, 0.25))
+    blended = torch.tensor([[0.25, 0.75]] * 10)
+    monkeypatch.setattr(train, "make_mixer", lambda config: lambda inputs, targets: (inputs, blended))
     images, labels = two_tones(10, [0, 0])
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
     model[1].weight.data.zero_()
@@ -149,6 +150,22 @@ def test_mixup_weighs_both_targets_in_the_loss(monkeypatch):
     losses = F.cross_entropy(torch.tensor([[2.0, 0.0]] * 2), torch.tensor([0, 1]), reduction="none")
     expected = (0.25 * losses[0] + 0.75 * losses[1]).item()
     assert train.train_epoch(frozen, images, labels, config) == pytest.approx((expected, 25))
+
+
+def test_adversarial_training_trains_on_what_it_led_astray(tmp_path):
+    """Each batch is moved as far as the radius allows, to where the loss is larger than on the images themselves."""
+    off = {f"augmentation.{name}": "False" for name in ("random_crop", "random_horizontal_filp")}
+    config = config_of(tmp_path, MINIMAL, **off, precision="float32", **{"adversarial.eps": "0.5"})
+    images, labels = torch.randint(60, 200, (6, 3, 8, 8), dtype=torch.uint8), torch.arange(6)
+    model, seen = nn.Sequential(nn.Flatten(), nn.Linear(192, 10), nn.Dropout(0.9)), []
+    model.register_forward_hook(lambda model, inputs, output: seen.append((model.training, inputs[0].detach())))
+    loss, _ = train.train_epoch(learner_of(model, lr=0), images, labels, config)
+    assert [training for training, _ in seen] == [False] * 8 + [True]  # seven steps, and then it trains
+    originals, attacked = seen[0][1], seen[-1][1]
+    torch.testing.assert_close((attacked - originals).flatten(1).norm(dim=1), torch.full((6,), 0.5))
+    order = (originals[:, None] == images / 255).all(dim=(2, 3, 4)).nonzero()[:, 1]
+    before, after = (F.cross_entropy(model[:2](x), labels[order], reduction="none") for x in (originals, attacked))
+    assert (after > before).all()
 
 
 def test_pictures():
@@ -166,8 +183,9 @@ def test_summary():
     accuracies = [(1, 50, 58), (2, 95, 30), (3, 94, 21)]
     history = [{"epoch": e, "locked_acc": locked, "orig_acc": orig} for e, locked, orig in accuracies]
     config = EasyDict(architecture="vgg19", dataset="cifar10", seed=4)
-    assert train.summary(config, "50_horiz", history) == {
-        "architecture": "vgg19", "dataset": "cifar10", "lock_method": "horiz", "seed": 4, "epochs": 3,
+    assert train.summary(config, "50_horiz", "jpeg", history) == {
+        "architecture": "vgg19", "dataset": "cifar10", "lock_method": "horiz", "alpha": 0.5, "name": "jpeg", "seed": 4,
+        "epochs": 3,
         "locked_acc": 94, "orig_acc": 21, "best_epoch": 2, "best_locked_acc": 95, "orig_acc_at_best": 30,
         "max_orig_acc": 58,
     }  # fmt: skip

@@ -1,0 +1,51 @@
+"""The attack: projected gradient descent in an L2 ball around each image."""
+
+import torch
+import torch.nn.functional as F
+
+from utils import UserError
+
+
+def project(images, centers, eps):
+    """The images [N, C, H, W] moved into the L2 balls of radius eps around their centers, then into [0, 1]."""
+    delta = (images - centers).renorm(p=2, dim=0, maxnorm=eps)
+    return (centers + delta).clamp(0, 1)
+
+
+def gradient_of(losses, logits, x):
+    """The gradient of every image's own loss [N, C, H, W]; losses [N] come from logits [N, classes], and those from x.
+
+    The gradient of a loss of 1e-5 is nothing in float16: through the network goes one of length 1, for each image.
+    """
+    (slopes,) = torch.autograd.grad(losses.sum(), logits, retain_graph=True)
+    lengths = slopes.norm(dim=1, keepdim=True).clamp(min=torch.finfo(slopes.dtype).tiny)
+    (gradient,) = torch.autograd.grad(logits, x, slopes / lengths)
+    return gradient * lengths[:, :, None, None]
+
+
+def attack(classifier, images, targets, eps, step_size, steps, targeted=True, on_step=lambda: None):
+    """PGD in an L2 ball (Madry et al., 2018), without random start; equals robustness' AttackerModel (use_best=True).
+
+    classifier maps images [N, C, H, W] in [0, 1] to logits [N, classes]; targets [N], or probabilities [N, classes];
+    eps and step_size in units of those pixels. Returns, image by image, the iterate of least cross-entropy to its
+    target, of steps + 1: the image itself and the last included. Where targeted is false, targets are what to lead
+    away from: it returns the iterate of largest cross-entropy. on_step is called after each evaluation. Raises
+    UserError where the losses end in NaN or infinity.
+    """
+    x, best = images, images
+    best_losses = torch.full((len(images),), torch.inf, device=images.device)
+    for step in range(steps + 1):
+        x = x.detach().requires_grad_(step < steps)
+        logits = classifier(x)
+        losses = F.cross_entropy(logits, targets, reduction="none") * (1 if targeted else -1)
+        better = losses.detach() < best_losses
+        best_losses = torch.where(better, losses.detach(), best_losses)
+        best = torch.where(better[:, None, None, None], x.detach(), best)
+        if step < steps:
+            gradient = gradient_of(losses, logits, x)
+            norms = gradient.flatten(1).norm(dim=1)[:, None, None, None]
+            x = project(x.detach() - step_size * gradient / (norms + 1e-10), images, eps)
+        on_step()
+    if not losses.isfinite().all():  # once they are not, they stay so until the last step
+        raise UserError("the attacked model has no finite loss: choose --precision float32, or train it again")
+    return best

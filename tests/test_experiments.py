@@ -1,0 +1,75 @@
+"""Many runs at once, and what is gathered of them."""
+
+import json
+
+import pytest
+from conftest import MINIMAL, config_of
+
+from experiments import __main__ as study
+from utils import flatten
+
+RESULT = {
+    "architecture": "vgg19", "dataset": "cifar10", "lock_method": "basic", "name": "", "seed": 0, "epochs": 2,
+    "locked_acc": 93.0, "orig_acc": 28.0,
+    "history": [{"epoch": epoch, "locked_acc": 90.0 + epoch, "orig_acc": 30.0 - epoch} for epoch in (1, 2)],
+}  # fmt: skip
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Results of two seeds, of another method, of a variant, and of a data set that the paper does not know."""
+    others = [
+        {"seed": 1, "orig_acc": 30.0},
+        {"lock_method": "horiz", "alpha": 0.3},
+        {"name": "jpeg10"},
+        {"dataset": "digits"},
+    ]
+    for index, other in enumerate([{}, *others]):
+        folder = tmp_path / "runs" / str(index)
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps(RESULT | other))
+    return tmp_path / "runs"
+
+
+def test_the_table_puts_seeds_together_beside_the_papers_numbers(results, command, capsys, tmp_path):
+    command(study.main, "--work-path", results, "--plot", tmp_path / "curves.png")
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| cifar10 | vgg19 | basic | plain | 2 | 2 | 29.00 ± 1.41 | 93.00 ± 0.00 | 28.77 / 93.58 |",
+        "| cifar10 | vgg19 | horiz alpha 0.3 | plain | 2 | 1 | 28.00 | 93.00 |  |",
+        "| cifar10 | vgg19 | basic | jpeg10 | 2 | 1 | 28.00 | 93.00 |  |",
+        "| digits | vgg19 | basic | plain | 2 | 1 | 28.00 | 93.00 |  |",
+    ]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_mistakes(results, user_error, tmp_path):
+    assert "holds no result.json" in user_error(study.main, "--work-path", tmp_path / "none")
+    assert "--plot curves.gifx: " in user_error(study.main, "--work-path", results, "--plot", "curves.gifx")
+    assert "unknown flag --epochs; flags of train.py go with --run" in user_error(study.main, "--epochs", 3)
+    assert "--run needs --work-path" in user_error(study.main, "--run")
+    (results / "0" / "result.json").write_text("{}")
+    assert "0/result.json: not a result of train.py" in user_error(study.main, "--work-path", results)
+
+
+def test_every_combination_is_run_and_a_failure_costs_no_other_run(place, command, capsys, tmp_path):
+    """The second of two methods is missing; the table shows what the others found, when it is gathered."""
+    (tmp_path / "config.yaml").write_text((place / "preresnet8" / "config.yaml").read_text())
+    flags = ["--run", "--work-path", tmp_path, "--lock-method", "mixup", "basic", "--variant", "plain", "jpeg10"]
+    with pytest.raises(SystemExit):
+        command(study.main, *flags, "--jobs", 2, "--epochs", 1)
+    out, error = capsys.readouterr()
+    assert "2 of 4 runs failed, see above; the same command runs them again" in error
+    assert out.count("train_image_50_mixup: no such file") == 2
+    assert "preresnet8, basic, jpeg10, seed 0, 1 epochs" in out
+    command(study.main, "--work-path", tmp_path)
+    assert [line.split("|")[3:5] for line in capsys.readouterr().out.splitlines()[2:]] == [
+        [" basic ", " jpeg10 "],
+        [" basic ", " plain "],
+    ]
+
+
+def test_every_variant_is_one_that_train_knows(tmp_path):
+    plain = flatten(config_of(tmp_path, MINIMAL))
+    for name, keys in study.VARIANTS.items():
+        changed = flatten(config_of(tmp_path, MINIMAL, **{key: str(value) for key, value in keys.items()}))
+        assert [key for key in changed if changed[key] != plain[key]] == list(keys), name
