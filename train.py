@@ -376,7 +376,8 @@ def open_writers(folder, first_epoch):
 
 def add_hparams(writer, config, result):
     """Write the config and the final accuracies to TensorBoard's table of hyper-parameters."""
-    values = {key: str(value) if isinstance(value, list) else value for key, value in flatten(config).items()}
+    values = {key: value for key, value in flatten(config).items() if key not in FREE_ON_RESUME}
+    values = {key: str(value) if isinstance(value, list) else value for key, value in values.items()}
     metrics = {f"final/{name}": value for name, value in result.items() if name.endswith("_acc")}
     for part in hparams({**values, "lock_method": result["lock_method"], "name": result["name"]}, metrics):
         writer.file_writer.add_summary(part)  # SummaryWriter.add_hparams would make a run of its own

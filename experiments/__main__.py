@@ -12,6 +12,7 @@ handed on to train.py (--epochs 40). The same command goes on after an interrupt
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -112,7 +113,8 @@ def gather(folders):
             groups.setdefault(key, []).append(result)
         except (ValueError, KeyError) as error:
             raise UserError(f"{path}: not a result of train.py, or damaged; delete it, and run that again") from error
-    return groups
+    order = ["", *VARIANTS]
+    return dict(sorted(groups.items(), key=lambda item: (item[0][:3], [*order, item[0][3]].index(item[0][3]))))
 
 
 def spread(values):
@@ -136,37 +138,48 @@ def table(groups):
 
 
 def plot(groups, path):
-    """Write a picture of the curves of all groups: a panel for each model, a colour for each method and variant."""
+    """Write a picture of the curves: a panel for each model and variant, a colour for each method.
+
+    A line is the mean of the seeds, and the band around it goes from the least to the largest.
+    """
     import matplotlib  # here, since it is slow to import
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    panels = list(dict.fromkeys(key[:2] for key in groups))
+    panels = {}
+    for key, results in groups.items():
+        dataset, architecture, method, name, _ = key
+        panels.setdefault(f"{architecture} on {dataset}{name and ', '}{name}", []).append((method, results))
+    columns = min(len(panels), 4)
+    rows = math.ceil(len(panels) / columns)
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(5 * len(panels), 4), sharey=True, squeeze=False, layout="constrained"
+        rows, columns, figsize=(4 * columns, 3 * rows), sharey=True, squeeze=False, layout="constrained"
     )
-    for axis, panel in zip(axes[0], panels):
-        axis.set(title=f"{panel[1]} on {panel[0]}", xlabel="epoch", ylim=(0, 100))
-        members = [(key, results) for key, results in groups.items() if key[:2] == panel]
-        for index, ((*_, method, name, _), results) in enumerate(members):
-            for style, (short, kind) in {"-": ("locked", "locked"), "--": ("orig", "original")}.items():
-                for number, result in enumerate(results):
-                    history = result["history"]
-                    axis.plot(
-                        [record["epoch"] for record in history],
-                        [record[f"{short}_acc"] for record in history],
-                        style,
-                        color=f"C{index % 10}",
-                        label=f"{method} {name} {kind}".replace("  ", " ") if number == 0 else None,
-                    )
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (title, members) in zip(axes.flat, panels.items()):
+        axis.set(title=title, xlabel="epoch", ylabel="accuracy, %", ylim=(0, 100))
+        for index, (method, results) in enumerate(members):
+            draw(axis, results, "locked_acc", f"{method}, locked", f"C{index}", "-")
+            draw(axis, results, "orig_acc", f"{method}, original", f"C{index}", "--")
         axis.legend(fontsize="small")
-    axes[0][0].set_ylabel("accuracy on the test set, %")
     try:
         figure.savefig(path, dpi=100)
     except ValueError as error:  # of a suffix that is no picture's
         raise UserError(f"--plot {path}: {utils.first_line(error)}") from error
     pyplot.close(figure)
+
+
+def draw(axis, results, key, label, color, style):
+    """Draw what results have of a key at each epoch that all of them evaluated."""
+    curves = [{record["epoch"]: record[key] for record in result["history"]} for result in results]
+    epochs = sorted(set.intersection(*map(set, curves)))
+    values = [[curve[epoch] for curve in curves] for epoch in epochs]
+    axis.plot(epochs, [mean(value) for value in values], style, color=color, label=label)
+    axis.fill_between(
+        epochs, [min(value) for value in values], [max(value) for value in values], color=color, alpha=0.2
+    )
 
 
 def parse_arguments():

@@ -35,8 +35,8 @@ def test_the_table_puts_seeds_together_beside_the_papers_numbers(results, comman
     command(study.main, "--work-path", results, "--plot", tmp_path / "curves.png")
     assert capsys.readouterr().out.splitlines()[2:] == [
         "| cifar10 | vgg19 | basic | plain | 2 | 2 | 29.00 ± 1.41 | 93.00 ± 0.00 | 28.77 / 93.58 |",
-        "| cifar10 | vgg19 | horiz alpha 0.3 | plain | 2 | 1 | 28.00 | 93.00 |  |",
         "| cifar10 | vgg19 | basic | jpeg10 | 2 | 1 | 28.00 | 93.00 |  |",
+        "| cifar10 | vgg19 | horiz alpha 0.3 | plain | 2 | 1 | 28.00 | 93.00 |  |",
         "| digits | vgg19 | basic | plain | 2 | 1 | 28.00 | 93.00 |  |",
     ]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -63,8 +63,8 @@ def test_every_combination_is_run_and_a_failure_costs_no_other_run(place, comman
     assert "preresnet8, basic, jpeg10, seed 0, 1 epochs" in out
     command(study.main, "--work-path", tmp_path)
     assert [line.split("|")[3:5] for line in capsys.readouterr().out.splitlines()[2:]] == [
-        [" basic ", " jpeg10 "],
         [" basic ", " plain "],
+        [" basic ", " jpeg10 "],
     ]
 
 
