@@ -21,6 +21,8 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
+from matplotlib import image
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import utils
@@ -104,7 +106,7 @@ def gather(folders):
     groups = {}
     for path in sorted(itertools.chain(*(Path(folder).rglob("result.json") for folder in folders))):
         try:
-            result = json.loads(path.read_text())
+            result = {**json.loads(path.read_text()), "folder": path.parent}
             method = result["lock_method"]
             method += "".join(
                 f" {name} {result[name]:g}" for name in ("alpha", "lambd") if result.get(name, 0.5) != 0.5
@@ -142,20 +144,14 @@ def plot(groups, path):
 
     A line is the mean of the seeds, and the band around it goes from the least to the largest.
     """
-    import matplotlib  # here, since it is slow to import
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
     panels = {}
     for key, results in groups.items():
         dataset, architecture, method, name, _ = key
         panels.setdefault(f"{architecture} on {dataset}{name and ', '}{name}", []).append((method, results))
     columns = min(len(panels), 4)
     rows = math.ceil(len(panels) / columns)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(4 * columns, 3 * rows), sharey=True, squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     for axis, (title, members) in zip(axes.flat, panels.items()):
@@ -164,11 +160,7 @@ def plot(groups, path):
             draw(axis, results, "locked_acc", f"{method}, locked", f"C{index}", "-")
             draw(axis, results, "orig_acc", f"{method}, original", f"C{index}", "--")
         axis.legend(fontsize="small")
-    try:
-        figure.savefig(path, dpi=100)
-    except ValueError as error:  # of a suffix that is no picture's
-        raise UserError(f"--plot {path}: {utils.first_line(error)}") from error
-    pyplot.close(figure)
+    save(figure, path, "--plot")
 
 
 def draw(axis, results, key, label, color, style):
@@ -182,12 +174,32 @@ def draw(axis, results, key, label, color, style):
     )
 
 
+def show(groups, path):
+    """Write a picture of the images that the runs of each lock method saw: originals, locked, and the difference."""
+    folders = {method: results[0]["folder"] for (*_, method, _, _), results in reversed(groups.items())}
+    figure = Figure(figsize=(10, 3.2 * len(folders)), layout="constrained")
+    for axis, (method, folder) in zip(figure.subplots(len(folders), squeeze=False)[:, 0], reversed(folders.items())):
+        axis.set_axis_off()
+        axis.set_title(f"{method}: originals, locked images, ten times the difference", loc="left")
+        axis.imshow(image.imread(Path(folder, "images.png")))
+    save(figure, path, "--images")
+
+
+def save(figure, path, flag):
+    """Write a figure; raises UserError, naming the flag, where the path's suffix is no picture's."""
+    try:
+        figure.savefig(path, dpi=100)
+    except ValueError as error:
+        raise UserError(f"{flag} {path}: {utils.first_line(error)}") from error
+
+
 def parse_arguments():
     """The arguments, and the flags for train.py."""
     parser = utils.Parser(__doc__)
     add = parser.add_argument
     add("--work-path", nargs="+", default=["experiments"], help="folders of experiments (default: all)")
     add("--plot", metavar="FILE", help="also draw the curves, into this PNG, PDF or SVG file")
+    add("--images", metavar="FILE", help="also show the images that each lock method made, in this file")
     add("--run", action="store_true", help="first train what is not trained yet")
     add("--lock-method", nargs="+", choices=[*METHODS, "all"], default=[None], help="default: that of config.yaml")
     add("--seed", nargs="+", type=utils.number(int, 0, 2**63), default=[None], help="default: that of config.yaml")
@@ -220,6 +232,8 @@ def main():
     print(table(groups))
     if args.plot:
         plot(groups, args.plot)
+    if args.images:
+        show(groups, args.images)
 
 
 if __name__ == "__main__":

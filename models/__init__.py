@@ -1,6 +1,11 @@
-"""The architectures that train.py trains: CIFAR-ZOO's AlexNet, VGG, ResNet, PreResNet and DenseNet-BC."""
+"""The architectures that train.py trains: CIFAR-ZOO's AlexNet, VGG, ResNet, PreResNet and DenseNet-BC, and
+torchvision's MobileNetV2 and, made small, its vision transformer (Dosovitskiy et al., 2021).
+"""
 
 from functools import partial
+
+from torchvision.models import mobilenet_v2
+from torchvision.models.vision_transformer import VisionTransformer
 
 from models.alexnet import AlexNet
 from models.densenet import DenseNet
@@ -28,4 +33,9 @@ MODELS = {
     "preresnet1202": partial(ResNet, 1202, preact=True),
     "densenet100bc": partial(DenseNet, 100, growth_rate=12),
     "densenet190bc": partial(DenseNet, 190, growth_rate=40),
+    "mobilenet_v2": mobilenet_v2,
+    # of images of 32x32 pixels only
+    "vit": partial(
+        VisionTransformer, image_size=32, patch_size=4, num_layers=6, num_heads=4, hidden_dim=256, mlp_dim=512
+    ),
 }

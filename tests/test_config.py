@@ -68,7 +68,9 @@ def test_a_cifar_zoo_config_loads_unchanged(tmp_path):
 
 def test_the_experiments_are_there():
     names = {path.parent.name for path in CONFIGS}
-    assert names == {"alexnet", "densenet100bc", "preresnet8", "preresnet20", "preresnet110", "vgg19"}
+    assert names == set(
+        "alexnet densenet100bc mobilenet_v2 preresnet8 preresnet20 preresnet110 resnet20 vgg11 vgg19 vit".split()
+    )
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.parent.name for path in CONFIGS])

@@ -13,6 +13,8 @@ PARAMETERS = {
     "resnet110": 1_730_714,
     "densenet100bc": 769_162,
     "densenet190bc": 25_624_430,
+    "mobilenet_v2": 2_236_682,
+    "vit": 3_195_146,
 }
 
 
@@ -23,7 +25,7 @@ def test_parameter_counts(name):
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", ["alexnet", "vgg11", "resnet20", "preresnet8", "densenet100bc"])
+@pytest.mark.parametrize("name", ["alexnet", "vgg11", "resnet20", "preresnet8", "densenet100bc", "mobilenet_v2"])
 def test_logits_of_any_size_and_gradients_everywhere(name):
     model = MODELS[name](num_classes=7)
     for size in (32, 48):
