@@ -54,7 +54,7 @@ def make_mixer(config):
     """
     if config.cutmix:
         return v2.CutMix(alpha=config.cutmix_alpha, num_classes=config.num_classes)
-    if config.mixup and config.mixup_alpha > 0:
+    if config.mixup:
         return v2.MixUp(alpha=config.mixup_alpha, num_classes=config.num_classes)
     return None
 

@@ -108,6 +108,12 @@ CONFIG_HELP = {
     "lr_scheduler.lower_bound": "HTD: where on the tanh it starts",
     "lr_scheduler.upper_bound": "HTD: where on the tanh it ends",
 }
+# A run may be resumed with other values of these keys: the data are compared themselves, not by their paths. So may
+# epochs, where the schedule is STEP. Any other key would make it a different run.
+FREE_ON_RESUME = {
+    *("eval_freq", "test_batch", "use_gpu", "workers"),
+    *(key for key in CONFIG if key.startswith(("locked_", "orig_data", "ckpt_"))),
+}
 ALIASES = {"data_path": "orig_data_path"}  # CIFAR-ZOO's name: ours
 
 
@@ -176,8 +182,9 @@ RANGES = {
     "preprocess.blur": (0, 2),  # of images of at least 8x8 pixels
     "preprocess.bits": (1, 8),
     "preprocess.jpeg_quality": (0, 100),
-    "cutmix_alpha": (0.01, MANY),
-    **dict.fromkeys(("mixup_alpha", "optimize.weight_decay", "augmentation.holes", "augmentation.length"), (0, MANY)),
+    # a smaller one is not float32's: it draws 0.5, and not 0 or 1
+    **dict.fromkeys(("mixup_alpha", "cutmix_alpha"), (0.01, MANY)),
+    **dict.fromkeys(("optimize.weight_decay", "augmentation.holes", "augmentation.length"), (0, MANY)),
     **dict.fromkeys(("lr_scheduler.base_lr", "lr_scheduler.min_lr", "lr_scheduler.lr_mults"), (0, MANY)),
     **dict.fromkeys(("lr_scheduler.lower_bound", "lr_scheduler.upper_bound"), (-MANY, MANY)),
     "optimize.momentum": (0, 1),

@@ -110,6 +110,8 @@ def lock_batch(classifier, surrogate, images, labels, maps, sources, methods, ar
     originals = to_float(images)
     with torch.no_grad():
         predictions = classifier(originals).argmax(1)
+        if not surrogate(originals).isfinite().all():
+            raise UserError("the base classifier gives NaN or infinity: choose --precision float32, or train it again")
     classes = {"labels": labels, "predictions": predictions}[sources]
     targets, attacked, reached = {}, {}, {}
     for name in attacks_of(methods):
@@ -192,7 +194,8 @@ def weaknesses(summary):
     if min(summary["attacks"].values()) < 0.9:
         yield "many attacks miss their target: raise --eps and --attack-lr, or --attack-steps"
     if summary["to_true"] > 0.25:
-        yield "many locked images are still given their true label: choose another --lock-method, as basic"
+        remedy = "lock by basic" if len(summary["attacks"]) > 1 else "raise --eps and --attack-lr"
+        yield f"many locked images are still given their true label: {remedy}"
     if summary["base_accuracy"] < 0.5:
         yield "the base classifier is wrong on most originals: was it trained on them, and long enough?"
 
@@ -310,7 +313,7 @@ def unlock(args):
 
 
 def write_originals(out, originals, formats):
-    """Write Splits in the formats to a folder; what an interrupted call has left there is replaced."""
+    """Write Splits in the formats to a new folder, or to one that an interrupted call had not got to fill."""
     staging = out / ".unlocking"
     with utils.exclusive(out):
         if any(path.name not in (".lock", staging.name) for path in out.iterdir()):

@@ -109,8 +109,8 @@ def check_places(places, args):
         if tree == originals or tree in originals.parents:
             raise UserError(f"--lock-data {args.lock_data}: {tree} would replace --orig-data; name another folder")
         locked = paths.folder.resolve()
-        inside = originals in locked.parents or (args.dataset == "folder" and locked in originals.parents)
-        if locked == originals or inside:
+        together = originals in (locked, *locked.parents) or locked in originals.parents
+        if args.dataset == "folder" and together:
             raise UserError(
                 f"--lock-data {args.lock_data}: what is handed out and the originals in {args.orig_data} lie in one "
                 "another; name another folder"

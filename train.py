@@ -31,7 +31,7 @@ from tqdm import tqdm
 import utils
 from attack import attack
 from augmentation import as_inputs, augment, make_mixer, preprocess
-from config import CONFIG, CONFIG_HELP, load_config
+from config import CONFIG, CONFIG_HELP, FREE_ON_RESUME, load_config
 from data import DATASETS, SPLITS, is_plain, one_name, to_float
 from lockfiles import METHODS, Paths, hash_tensor, load_locked, load_whole, lock_suffix, parse_suffix, split_path
 from models import MODELS
@@ -206,13 +206,7 @@ def pictures(originals, locked):
     return F.interpolate(grid[None], scale_factor=3)[0]
 
 
-# A run may be resumed with other values of these keys: the data are compared themselves, not by their paths.
-# So may epochs, where the schedule is STEP. Any other key would make it a different run.
-PATHS = [key for key in CONFIG if key.startswith(("locked_", "orig_data", "ckpt_"))]
-FREE_ON_RESUME = {"eval_freq", "test_batch", "use_gpu", "workers", *PATHS}
-
-
-CHECKPOINT_KEYS = {"epoch", *Learner._fields, "history", "config", "data", "rng", "cuda_rng"}
+CHECKPOINT_KEYS = {"epoch", "model", "optimizer", "history", "config", "data", "rng", "cuda_rng"}
 
 
 def previous(checkpoint):
@@ -265,17 +259,18 @@ def read_checkpoint(checkpoint, log):
 
 def restore(state, learner, config, data_hash):
     """Bring back what save_checkpoint wrote; raises UserError where it is of another run."""
+    free = FREE_ON_RESUME | ({"epochs"} if config.lr_scheduler.type == "STEP" else set())
+    # what an older version did, which had no such keys
+    before = {**flatten(CONFIG), "precision": "float32", **json.loads(state["config"])}
+    for key, now in flatten(config).items():
+        if key not in free and before[key] != now:
+            raise UserError(f"--resume: the run was trained with {key} {before[key]}, but it is {now} now; set it back")
     if state["data"] != data_hash:
         raise UserError("--resume: the run was trained on other data than the files hold now; start with --overwrite")
-    free = FREE_ON_RESUME | ({"epochs"} if config.lr_scheduler.type == "STEP" else set())
-    before = json.loads(state["config"])
-    for key, now in flatten(config).items():
-        if key not in free and (then := before.get(key)) != now:
-            raise UserError(f"--resume: the run was trained with {key} {then}, but it is {now} now; set it back")
     if state["epoch"] > config.epochs:
         raise UserError(f"--resume: the run has {state['epoch']} epochs already; it cannot end after {config.epochs}")
     for name, part in learner._asdict().items():
-        part.load_state_dict(state[name])
+        part.load_state_dict(state.get(name, {}))
     torch.set_rng_state(state["rng"])
     if state["cuda_rng"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda_rng"])

@@ -55,7 +55,9 @@ def run_command(main, if_interrupted="nothing more was written"):
         sys.exit(130)
     except (UserError, OSError, torch.cuda.OutOfMemoryError) as error:
         message = "the GPU's memory is full; take smaller batches" if isinstance(error, RuntimeError) else error
-        print(f"{Path(sys.argv[0]).name}: error: {printable(message)}", file=sys.stderr)
+        script = Path(sys.argv[0])
+        name = script.parent.name if script.name == "__main__.py" else script.name
+        print(f"{name}: error: {printable(message)}", file=sys.stderr)
         sys.exit(2)
 
 

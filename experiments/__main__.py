@@ -14,9 +14,10 @@ import itertools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -26,8 +27,10 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import utils
+from config import FREE_ON_RESUME
+from data import one_name
 from lockfiles import METHODS
-from utils import UserError
+from utils import UserError, flatten
 
 # Ways to train, as train.py's keys: as the paper does, a control, and what is known to weaken locks of this kind.
 VARIANTS = {
@@ -73,24 +76,37 @@ def commands(args, rest):
         yield command + rest
 
 
-def run(command, threads):
-    """Run a command; returns its exit code, and the last line that it printed, or its error."""
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
-    return done.returncode, lines[-1] if lines else f"exit code {done.returncode}"
+def run(command, index, threads, running):
+    """Run a command, and keep its process in the list running meanwhile; returns its exit code and what it said last.
+
+    It takes the GPU with this index, counted around, and so many threads on a CPU.
+    """
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "LOCAL_RANK": str(index)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as child:
+        running.append(child)
+        out, error = child.communicate()
+        running.remove(child)
+    lines = (error if child.returncode else out).strip().splitlines()
+    return child.returncode, lines[-1] if lines else f"exit code {child.returncode}"
 
 
 def run_all(args, rest):
     """Run every command, args.jobs at a time; raises UserError where one fails, after all of them."""
-    todo = list(commands(args, rest))
+    todo, running, failed = list(commands(args, rest)), [], 0
     threads = max(1, torch.get_num_threads() // args.jobs)
-    failed = 0
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(todo), unit="run", disable=None) as progress:
-        for command, (code, line) in zip(todo, pool.map(lambda command: run(command, threads), todo)):
-            failed += code != 0
-            progress.write(f"{' '.join(command[3:])}: {line}" if code else line)
-            progress.update()
+        futures = {pool.submit(run, command, i, threads, running): command for i, command in enumerate(todo)}
+        try:
+            for future in as_completed(futures):
+                code, line = future.result()
+                failed += code != 0
+                progress.write(f"{' '.join(futures[future][2:])}: {line}" if code else line)
+                progress.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in list(running):
+                child.send_signal(signal.SIGINT)  # train.py ends at once, and its checkpoints stay
+            raise
     if failed:
         raise UserError(f"{failed} of {len(todo)} runs failed, see above; the same command runs them again")
 
@@ -99,24 +115,35 @@ def run_all(args, rest):
 
 
 def gather(folders):
-    """The content of every result.json below the folders, put together where only the seed differs.
+    """The content of every result.json below the folders, and its folder, put together where only the seed differs.
 
-    Returns a dict from (data set, architecture, method with its parameters, name, epochs) to a list of results.
+    Returns a list of lists of results.
     """
     groups = {}
-    for path in sorted(itertools.chain(*(Path(folder).rglob("result.json") for folder in folders))):
+    for path in sorted({path.resolve() for folder in folders for path in Path(folder).rglob("result.json")}):
         try:
-            result = {**json.loads(path.read_text()), "folder": path.parent}
-            method = result["lock_method"]
-            method += "".join(
-                f" {name} {result[name]:g}" for name in ("alpha", "lambd") if result.get(name, 0.5) != 0.5
-            )
-            key = result["dataset"], result["architecture"], method, result["name"], result["epochs"]
-            groups.setdefault(key, []).append(result)
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{path}: not a result of train.py, or damaged; delete it, and run that again") from error
+            result = {"name": "", **json.loads(path.read_text()), "folder": path.parent}
+            result["dataset"] = one_name(result["dataset"])
+            result.update({key: float(result[key]) for key in ("locked_acc", "orig_acc")})
+            same = [result[key] for key in ("dataset", "architecture", "lock_method", "name", "epochs")]
+            config = {key: value for key, value in flatten(result["config"]).items() if key not in FREE_ON_RESUME}
+            result["curves"] = {
+                key: {record["epoch"]: float(record[key]) for record in result["history"]}
+                for key in ("locked_acc", "orig_acc")
+            }
+            lock = result["lock"] and result["lock"]["settings"]
+            groups.setdefault(json.dumps([*same, {**config, "seed": None}, lock]), []).append(result)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: not a result of train.py, or damaged; take it away, or run that again") from error
     order = ["", *VARIANTS]
-    return dict(sorted(groups.items(), key=lambda item: (item[0][:3], [*order, item[0][3]].index(item[0][3]))))
+    return sorted(groups.values(), key=lambda group: (group[0]["dataset"], group[0]["architecture"], method_of(group),
+                                                      [*order, group[0]["name"]].index(group[0]["name"])))  # fmt: skip
+
+
+def method_of(group):
+    """The lock method of a group, and the parameters that differ from the paper's."""
+    parameters = [f" {name} {group[0][name]:g}" for name in ("alpha", "lambd") if group[0].get(name, 0.5) != 0.5]
+    return group[0]["lock_method"] + "".join(parameters)
 
 
 def spread(values):
@@ -130,11 +157,14 @@ def table(groups):
         "| data set | model | method | variant | epochs | seeds | original, % | locked, % | paper, original / locked |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for (dataset, architecture, method, name, epochs), results in groups.items():
-        original, locked = (spread([result[key] for result in results]) for key in ("orig_acc", "locked_acc"))
-        paper = PAPER.get((architecture, method)) if dataset == "cifar10" and not name else None
-        theirs = f"{paper[0]:.2f} / {paper[1]:.2f}" if paper else ""
-        cells = dataset, architecture, method, name or "plain", epochs, len(results), original, locked, theirs
+    for group in groups:
+        first, method = group[0], method_of(group)
+        paper = (
+            PAPER.get((first["architecture"], method)) if first["dataset"] == "cifar10" and not first["name"] else None
+        )
+        cells = [first["dataset"], first["architecture"], method, first["name"] or "plain", first["epochs"], len(group)]
+        cells += [spread([result[key] for result in group]) for key in ("orig_acc", "locked_acc")]
+        cells.append(f"{paper[0]:.2f} / {paper[1]:.2f}" if paper else "")
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
@@ -145,9 +175,9 @@ def plot(groups, path):
     A line is the mean of the seeds, and the band around it goes from the least to the largest.
     """
     panels = {}
-    for key, results in groups.items():
-        dataset, architecture, method, name, _ = key
-        panels.setdefault(f"{architecture} on {dataset}{name and ', '}{name}", []).append((method, results))
+    for group in groups:
+        title = "{architecture} on {dataset}".format(**group[0]) + (group[0]["name"] and f", {group[0]['name']}")
+        panels.setdefault(title, []).append(group)
     columns = min(len(panels), 4)
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
@@ -156,16 +186,16 @@ def plot(groups, path):
         axis.set_axis_off()
     for axis, (title, members) in zip(axes.flat, panels.items()):
         axis.set(title=title, xlabel="epoch", ylabel="accuracy, %", ylim=(0, 100))
-        for index, (method, results) in enumerate(members):
-            draw(axis, results, "locked_acc", f"{method}, locked", f"C{index}", "-")
-            draw(axis, results, "orig_acc", f"{method}, original", f"C{index}", "--")
+        for index, group in enumerate(members):
+            draw(axis, group, "locked_acc", f"{method_of(group)}, locked", f"C{index}", "-")
+            draw(axis, group, "orig_acc", f"{method_of(group)}, original", f"C{index}", "--")
         axis.legend(fontsize="small")
     save(figure, path, "--plot")
 
 
 def draw(axis, results, key, label, color, style):
     """Draw what results have of a key at each epoch that all of them evaluated."""
-    curves = [{record["epoch"]: record[key] for record in result["history"]} for result in results]
+    curves = [result["curves"][key] for result in results]
     epochs = sorted(set.intersection(*map(set, curves)))
     values = [[curve[epoch] for curve in curves] for epoch in epochs]
     axis.plot(epochs, [mean(value) for value in values], style, color=color, label=label)
@@ -176,9 +206,11 @@ def draw(axis, results, key, label, color, style):
 
 def show(groups, path):
     """Write a picture of the images that the runs of each lock method saw: originals, locked, and the difference."""
-    folders = {method: results[0]["folder"] for (*_, method, _, _), results in reversed(groups.items())}
+    folders = {}
+    for group in groups:
+        folders.setdefault(method_of(group), group[0]["folder"])
     figure = Figure(figsize=(10, 3.2 * len(folders)), layout="constrained")
-    for axis, (method, folder) in zip(figure.subplots(len(folders), squeeze=False)[:, 0], reversed(folders.items())):
+    for axis, (method, folder) in zip(figure.subplots(len(folders), squeeze=False)[:, 0], folders.items()):
         axis.set_axis_off()
         axis.set_title(f"{method}: originals, locked images, ten times the difference", loc="left")
         axis.imshow(image.imread(Path(folder, "images.png")))
@@ -197,7 +229,13 @@ def parse_arguments():
     """The arguments, and the flags for train.py."""
     parser = utils.Parser(__doc__)
     add = parser.add_argument
-    add("--work-path", nargs="+", default=["experiments"], help="folders of experiments (default: all)")
+    add(
+        "--work-path",
+        nargs="+",
+        type=os.path.normpath,
+        default=["experiments"],
+        help="folders of experiments (default: all)",
+    )
     add("--plot", metavar="FILE", help="also draw the curves, into this PNG, PDF or SVG file")
     add("--images", metavar="FILE", help="also show the images that each lock method made, in this file")
     add("--run", action="store_true", help="first train what is not trained yet")
@@ -216,7 +254,10 @@ def parse_arguments():
         raise UserError(f"unknown flag {rest[0]}; flags of train.py go with --run")
     if args.run and args.work_path == ["experiments"]:
         raise UserError("--run needs --work-path: the folders of the experiments to run")
-    for name, known in {"lock_method": METHODS, "variant": VARIANTS}.items():
+    for flag in ("--name", "--resume", "--overwrite"):
+        if flag in rest:
+            raise UserError(f"{flag}: --run names its runs by variant, and goes on with them; leave it out")
+    for name, known in {"lock_method": METHODS, "variant": VARIANTS, "seed": [], "work_path": []}.items():
         given = getattr(args, name)
         setattr(args, name, list(known) if "all" in given else list(dict.fromkeys(given)))
     return args, rest
@@ -237,4 +278,5 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: it ends what is running
     utils.run_command(main, if_interrupted="the same command goes on from here")

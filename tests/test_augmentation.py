@@ -44,7 +44,6 @@ def test_mixup_and_cutmix(tmp_path):
         torch.testing.assert_close(mixed.mean((1, 2, 3)), targets @ torch.arange(10.0))
         assert (mixed == images).any() == (key == "cutmix")
     assert augmentation.make_mixer(config_of(tmp_path, MINIMAL)) is None
-    assert augmentation.make_mixer(config_of(tmp_path, MINIMAL, mixup="True", mixup_alpha="0")) is None
 
 
 def test_preprocessing(tmp_path):

@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import data
 import lock
 import train
+from config import load_config
 from models import base
 from tests.conftest import lock_flags
 
@@ -90,7 +91,26 @@ def test_train_and_resume(place, command, monkeypatch, capsys):
         for name in ("locked", "original"):
             events = EventAccumulator(str(folder / name)).Reload().Scalars("accuracy/test")
             assert [event.step for event in events] == [1, 3, 4]
-    assert EventAccumulator(str(resumed)).Reload().Scalars("loss/train")[-1].step == 4
+    events = EventAccumulator(str(resumed)).Reload()
+    assert events.Scalars("loss/train")[-1].step == 4
+    assert events.Scalars("final/orig_acc")[0].value == pytest.approx(result["orig_acc"])
+    assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+def test_what_is_trained_on_and_tested_with(place):
+    """A control trains on as many originals; preprocessing changes all three sets alike."""
+    config = load_config(place / "preresnet8" / "config.yaml", {})
+    plain, manifest = train.load_data(config)
+    control, _ = train.load_data(load_config(place / "preresnet8" / "config.yaml", {"train_on": "original"}))
+    bits, same = train.load_data(load_config(place / "preresnet8" / "config.yaml", {"preprocess.bits": "1"}))
+    originals = data.load_digits(None, "train").first(96)
+    assert torch.equal(control["train"][0], originals.images) and torch.equal(control["train"][1], originals.labels)
+    assert torch.equal(plain["train"][0], torch.cat(torch.load(place / "train_image_basic"))) and same == manifest
+    assert list(plain) == list(bits) == ["train", "locked_test", "original"]
+    for name, (images, labels) in plain.items():
+        assert torch.equal(bits[name][0], images // 128 * 128) and torch.equal(bits[name][1], labels)
+        if name != "train":
+            assert torch.equal(control[name][0], images)
 
 
 def test_each_method_and_seed_has_its_own_folder(place, command):

@@ -1,30 +1,38 @@
 """Many runs at once, and what is gathered of them."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from conftest import MINIMAL, config_of
 
+import utils
 from experiments import __main__ as study
 from utils import flatten
 
 RESULT = {
     "architecture": "vgg19", "dataset": "cifar10", "lock_method": "basic", "name": "", "seed": 0, "epochs": 2,
     "locked_acc": 93.0, "orig_acc": 28.0,
+    "config": {"epochs": 2, "seed": 0}, "lock": None,
     "history": [{"epoch": epoch, "locked_acc": 90.0 + epoch, "orig_acc": 30.0 - epoch} for epoch in (1, 2)],
 }  # fmt: skip
 
 
 @pytest.fixture
 def results(tmp_path):
-    """Results of two seeds, of another method, of a variant, and of a data set that the paper does not know."""
+    """Results of two seeds, and of another method, variant, data set, config and lock."""
     others = [
         {"seed": 1, "orig_acc": 30.0},
         {"lock_method": "horiz", "alpha": 0.3},
         {"name": "jpeg10"},
         {"dataset": "digits"},
+        {"config": {"epochs": 2, "seed": 0, "batch_size": 8}},
+        {"lock": {"settings": {"eps": 2.0}}},
     ]
-    for index, other in enumerate([{}, *others]):
+    for index, other in enumerate([{}, *others]):  # only the second is of the same kind as the first
         folder = tmp_path / "runs" / str(index)
         folder.mkdir(parents=True)
         (folder / "result.json").write_text(json.dumps(RESULT | other))
@@ -32,9 +40,11 @@ def results(tmp_path):
 
 
 def test_the_table_puts_seeds_together_beside_the_papers_numbers(results, command, capsys, tmp_path):
-    command(study.main, "--work-path", results, "--plot", tmp_path / "curves.png")
+    command(study.main, "--work-path", results, results / "0", "--plot", tmp_path / "curves.png")
     assert capsys.readouterr().out.splitlines()[2:] == [
         "| cifar10 | vgg19 | basic | plain | 2 | 2 | 29.00 ± 1.41 | 93.00 ± 0.00 | 28.77 / 93.58 |",
+        "| cifar10 | vgg19 | basic | plain | 2 | 1 | 28.00 | 93.00 | 28.77 / 93.58 |",
+        "| cifar10 | vgg19 | basic | plain | 2 | 1 | 28.00 | 93.00 | 28.77 / 93.58 |",
         "| cifar10 | vgg19 | basic | jpeg10 | 2 | 1 | 28.00 | 93.00 |  |",
         "| cifar10 | vgg19 | horiz alpha 0.3 | plain | 2 | 1 | 28.00 | 93.00 |  |",
         "| digits | vgg19 | basic | plain | 2 | 1 | 28.00 | 93.00 |  |",
@@ -47,25 +57,58 @@ def test_mistakes(results, user_error, tmp_path):
     assert "--plot curves.gifx: " in user_error(study.main, "--work-path", results, "--plot", "curves.gifx")
     assert "unknown flag --epochs; flags of train.py go with --run" in user_error(study.main, "--epochs", 3)
     assert "--run needs --work-path" in user_error(study.main, "--run")
-    (results / "0" / "result.json").write_text("{}")
-    assert "0/result.json: not a result of train.py" in user_error(study.main, "--work-path", results)
+    assert "--name: --run names its runs by variant" in user_error(
+        study.main, "--run", "--work-path", "a", "--name", "b"
+    )
+    for content in ("{}", "[]", "{", json.dumps({**RESULT, "config": 3}), json.dumps({**RESULT, "history": None})):
+        (results / "0" / "result.json").write_text(content)
+        line = user_error(study.main, "--work-path", results, "--plot", tmp_path / "curves.png")
+        assert "0/result.json: not a result of train.py" in line
 
 
 def test_every_combination_is_run_and_a_failure_costs_no_other_run(place, command, capsys, tmp_path):
-    """The second of two methods is missing; the table shows what the others found, when it is gathered."""
+    """The first of two methods is missing; the table shows what the others found, when it is gathered."""
     (tmp_path / "config.yaml").write_text((place / "preresnet8" / "config.yaml").read_text())
-    flags = ["--run", "--work-path", tmp_path, "--lock-method", "mixup", "basic", "--variant", "plain", "jpeg10"]
+    flags = ["--run", "--work-path", tmp_path, "--lock-method", "mixup", "basic", "--variant", "control", "jpeg10"]
     with pytest.raises(SystemExit):
-        command(study.main, *flags, "--jobs", 2, "--epochs", 1)
+        command(study.main, *flags, "--seed", 3, 3, "--jobs", 2, "--epochs", 1)
     out, error = capsys.readouterr()
     assert "2 of 4 runs failed, see above; the same command runs them again" in error
     assert out.count("train_image_50_mixup: no such file") == 2
-    assert "preresnet8, basic, jpeg10, seed 0, 1 epochs" in out
+    assert "preresnet8, basic, jpeg10, seed 3, 1 epochs" in out
     command(study.main, "--work-path", tmp_path)
     assert [line.split("|")[3:5] for line in capsys.readouterr().out.splitlines()[2:]] == [
-        [" basic ", " plain "],
+        [" basic ", " control "],
         [" basic ", " jpeg10 "],
     ]
+    for name, keys in {"control": ("original", 0), "jpeg10": ("locked", 10)}.items():
+        config = json.loads((tmp_path / "basic" / name / "seed3" / "result.json").read_text())["config"]
+        assert (config["train_on"], config["preprocess"]["jpeg_quality"], config["epochs"]) == (*keys, 1)
+
+
+def test_an_interrupt_ends_what_is_running_and_starts_no_more(place, tmp_path):
+    """Ctrl-C that reaches the parent alone, when the first of two trainings has written its log."""
+    (tmp_path / "config.yaml").write_text((place / "preresnet8" / "config.yaml").read_text())
+    command = [
+        sys.executable,
+        "-m",
+        "experiments",
+        "--run",
+        "--work-path",
+        tmp_path,
+        "--seed",
+        "1",
+        "2",
+        "--epochs",
+        "999",
+    ]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        while not (tmp_path / "basic" / "seed1" / "log.txt").exists():
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 130 and "goes on from here" in process.stderr.read()
+    with utils.exclusive(tmp_path / "basic" / "seed1"):  # nobody writes there any more
+        assert not (tmp_path / "basic" / "seed2").exists()
 
 
 def test_every_variant_is_one_that_train_knows(tmp_path):

@@ -66,12 +66,14 @@ def kill_at_random_moments(main, arguments_in, folders):
         process.join(moment)
         process.kill()
         process.join()
-        return process.exitcode, finish(main, arguments_in(folder))
+        output = folder.with_name(f"{folder.name}.output")
+        return process.exitcode, finish(main, arguments_in(folder), output=output), output
 
     with ThreadPoolExecutor(2) as pool:
         codes = list(pool.map(kill_one, [(folder, moments.uniform(0, duration)) for folder in folders[1:]]))
-    assert all(after == 0 for _, after in codes)
-    assert sum(before == -9 for before, _ in codes) > len(codes) / 2  # some may have ended before their moment
+    for _, after, output in codes:
+        assert after == 0, output.read_text()
+    assert sum(before == -9 for before, *_ in codes) > len(codes) / 2  # some may have ended before their moment
 
 
 def contents(folder):

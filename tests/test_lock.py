@@ -156,8 +156,10 @@ def test_report():
     assert not list(lock.weaknesses(shards.summarize(strong, "basic")))
     blind = {**strong, "base": torch.zeros(4)}
     assert "wrong on most originals" in " ".join(lock.weaknesses(shards.summarize(blind, "basic")))
-    kept = {**strong, "to_true": torch.tensor([1.0, 1, 0, 0])}
-    assert "still given their true label" in " ".join(lock.weaknesses(shards.summarize(kept, "basic")))
+    weak = {**strong, "to_true": torch.ones(4)}
+    assert "raise --eps" in " ".join(lock.weaknesses(shards.summarize(weak, "basic")))
+    weak = {**weak, "T2": torch.ones(4)}
+    assert "lock by basic" in " ".join(lock.weaknesses(shards.summarize(weak, "mixup")))
 
 
 def test_measurements():

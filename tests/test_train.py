@@ -112,6 +112,7 @@ def test_a_precision_is_what_is_computed_in(precision, tmp_path):
         before = flat(learner.model)
         images, labels = torch.randint(256, (64, 3, 8, 8), dtype=torch.uint8), torch.arange(64) % 10
         assert learner.scaler.is_enabled() == (name == "float16")
+        assert learner.model.conv.weight.is_contiguous(memory_format=torch.channels_last)
         if name == "float16":
             learner.scaler.scale(torch.ones(()))  # makes the state that load_state_dict sets
             learner.scaler.load_state_dict(learner.scaler.state_dict() | {"scale": 128.0})
@@ -142,6 +143,8 @@ def test_blended_targets_count_by_their_weight(monkeypatch):
     config.augmentation.random_crop = False
     blended = torch.tensor([[0.25, 0.75]] * 10)
     monkeypatch.setattr(train, "make_mixer", lambda config: lambda inputs, targets: (inputs, blended))
+    led_away_from = []
+    monkeypatch.setattr(train, "attack", lambda model, x, targets, *_, **__: led_away_from.append(targets) or x)
     images, labels = two_tones(10, [0, 0])
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
     model[1].weight.data.zero_()
@@ -150,6 +153,10 @@ def test_blended_targets_count_by_their_weight(monkeypatch):
     losses = F.cross_entropy(torch.tensor([[2.0, 0.0]] * 2), torch.tensor([0, 1]), reduction="none")
     expected = (0.25 * losses[0] + 0.75 * losses[1]).item()
     assert train.train_epoch(frozen, images, labels, config) == pytest.approx((expected, 25))
+    assert not led_away_from
+    config.adversarial.eps = 0.5
+    assert train.train_epoch(frozen, images, labels, config) == pytest.approx((expected, 25))
+    assert torch.equal(led_away_from[0], blended)
 
 
 def test_adversarial_training_trains_on_what_it_led_astray(tmp_path):
