@@ -1,12 +1,14 @@
 """Processes that are killed, disks that are full, damaged files: nothing finished is lost, and nothing is silent."""
 
 import json
+import math
 import multiprocessing
 import os
 import random
 import resource
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -23,6 +25,7 @@ from tests.conftest import lock_flags
 
 # Processes are forked from one that has imported everything, and computed nothing: they start at once.
 PROCESSES = multiprocessing.get_context("forkserver")
+TURN = threading.Lock()  # as one process starts, it asks all others for their exit codes, which can be read but once
 PROCESSES.set_forkserver_preload(["lock", "train", "sklearn.datasets"])
 
 
@@ -38,15 +41,25 @@ def call(main, arguments, output, file_size):
 
 def start(main, arguments, output="/dev/null", file_size=None):
     process = PROCESSES.Process(target=call, args=(main, arguments, output, file_size))
-    process.start()
+    with TURN:
+        process.start()
     return process
+
+
+def wait(process, seconds=math.inf):
+    """The exit code of a process, or None where it still runs after so many seconds."""
+    end = time.time() + seconds
+    while True:
+        with TURN:
+            code = process.exitcode
+        if code is not None or time.time() > end:
+            return code
+        time.sleep(0.01)
 
 
 def finish(*arguments, **options):
     """Run a command in a process of its own; returns its exit code."""
-    process = start(*arguments, **options)
-    process.join()
-    return process.exitcode
+    return wait(start(*arguments, **options))
 
 
 def kill_at_random_moments(main, arguments_in, folders):
@@ -63,11 +76,12 @@ def kill_at_random_moments(main, arguments_in, folders):
     def kill_one(folder_and_moment):
         folder, moment = folder_and_moment
         process = start(main, arguments_in(folder))
-        process.join(moment)
-        process.kill()
-        process.join()
+        wait(process, moment)
+        with TURN:
+            process.kill()
+        killed = wait(process)
         output = folder.with_name(f"{folder.name}.output")
-        return process.exitcode, finish(main, arguments_in(folder), output=output), output
+        return killed, finish(main, arguments_in(folder), output=output), output
 
     with ThreadPoolExecutor(2) as pool:
         codes = list(pool.map(kill_one, [(folder, moments.uniform(0, duration)) for folder in folders[1:]]))
