@@ -165,7 +165,7 @@ def lock_split(classifier, surrogate, images, labels, maps, split, places, args,
                 inputs, truth = images[batches[start]].to(device), labels[batches[start]].to(device)
                 advance = partial(progress.update, sum(sizes[start] for start, _ in together))
                 results = lock_batch(classifier, surrogate, inputs, truth, maps, sources, methods, args, advance)
-            made = ranks.gather((results, shards.environment(device)))
+            made = ranks.gather((results, utils.environment(device)))
             ranks.on_first(shards.write_all, places, split, [start for start, _ in together], made)
     seconds, count = time.time() - begun, sum(sizes.values())
     ranks.say(f"{split}: {count} images in {seconds:.0f} s, {count / seconds:.1f} a second")

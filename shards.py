@@ -8,15 +8,11 @@ import io
 import itertools
 import json
 import os
-import platform
 import shutil
-import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
 
-import numpy as np
 import torch
-import torchvision
 
 import data
 import lockfiles
@@ -202,19 +198,6 @@ def read_shards(paths, split, starts):
     return torch.cat([shard["locked"] for shard in found]), measured, [shard["made_with"] for shard in found]
 
 
-def environment(device):
-    """What the bytes of a lock depend on beside its settings."""
-    on_gpu = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.backends.cpu.get_cpu_capability()}",
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "torchvision": str(torchvision.__version__),
-        "numpy": np.__version__,
-    }
-
-
 # The finished lock
 
 
@@ -251,7 +234,7 @@ def finish(paths, settings, splits, formats, key):
         "files": {},
         "sealed_with": None,
         "made_with": environments,
-        "commit": commit(),
+        "commit": utils.commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     files = stage(paths, splits, locked, formats, key)
@@ -314,15 +297,3 @@ def publish(paths, manifest, files, key):
     manifest = {**manifest, "files": {**manifest["files"], **files}, "sealed_with": sealed_with}
     write_file(paths.manifest, json.dumps(manifest, indent=1).encode())
     return manifest
-
-
-def commit():
-    """The commit of this code, with -dirty where files differ from it, or None where it is not in a git repository."""
-    folder = Path(__file__).parent
-    if not (folder / ".git").exists():
-        return None
-    git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -469,7 +469,8 @@ def run(args, config, data, manifest, folder, suffix):
     for writer in writers.values():
         writer.close()
 
-    content = {**result, "config": config, "history": history, "lock": manifest}
+    made_with = {**utils.environment(device), "commit": utils.commit()}
+    content = {**result, "config": config, "made_with": made_with, "history": history, "lock": manifest}
     write_file(folder / "result.json", json.dumps(content, indent=1).encode())
     log(f"pictures (originals, locked, ten times the difference): {picture}")
     log(f"curves: tensorboard --logdir {args.work_path}")

@@ -1,17 +1,21 @@
-"""What lock.py, train.py and models/base.py share: user errors, writing files, devices."""
+"""What lock.py, train.py and models/base.py share: user errors, writing files, devices, provenance."""
 
 import argparse
 import difflib
 import math
 import os
+import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
+import torchvision
 from filelock import FileLock, Timeout
 
 # User errors
@@ -221,3 +225,31 @@ def check_size(model, images, what):
     except RuntimeError as error:
         size = f"{images.shape[3]}x{images.shape[2]}"
         raise UserError(f"{what}: does not take images of {size} pixels; choose another, as preresnet20") from error
+
+
+# Provenance
+
+
+def environment(device):
+    """What results depend on beside settings: the device, threads and versions."""
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+        "numpy": np.__version__,
+    }
+
+
+def commit():
+    """The commit of this code, with -dirty where files differ from it, or None where it is not in a git repository."""
+    folder = Path(__file__).parent
+    if not (folder / ".git").exists():
+        return None
+    git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -67,6 +68,9 @@ def test_the_result_of_a_training_holds_the_manifest(place, command):
     command(train.main, "--work-path", place / "preresnet8", "--epochs", 1, "--seed", 30)
     result = json.loads((place / "preresnet8" / "basic" / "seed30" / "result.json").read_text())
     assert result["lock"] == manifest_of(place)
+    made_with = result["made_with"]
+    assert (made_with["torch"], made_with["threads"]) == (torch.__version__, torch.get_num_threads())
+    assert made_with["commit"] is None or re.fullmatch("[0-9a-f]{40}(-dirty)?", made_with["commit"])
 
 
 def test_locked_files_without_a_manifest_are_taken_and_the_log_says_so(place, locked, command, capsys):
