@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import MINIMAL, config_of
@@ -50,6 +51,17 @@ def test_the_table_puts_seeds_together_beside_the_papers_numbers(results, comman
         "| digits | vgg19 | basic | plain | 2 | 1 | 28.00 | 93.00 |  |",
     ]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_readme_says_what_the_results_say():
+    root = Path(__file__).parents[1]
+    lines = (root / "README.md").read_text().splitlines()
+    groups = study.gather([root / "results"])
+    assert len(groups) == 10 + 4 - 1  # ten variants, and four methods
+    for group in groups:
+        name = group[0]["name"] or group[0]["lock_method"]
+        numbers = " | ".join(study.spread([result[key] for result in group]) for key in ("orig_acc", "locked_acc"))
+        assert any(f"{name}" in line and numbers in line for line in lines), (name, numbers)
 
 
 def test_mistakes(results, user_error, tmp_path):
