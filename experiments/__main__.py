@@ -181,14 +181,15 @@ def plot(groups, path):
     columns = min(len(panels), 4)
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
+    figure.suptitle("Accuracy on locked test images (solid) and on original ones (dashed), %")
     axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     for axis, (title, members) in zip(axes.flat, panels.items()):
-        axis.set(title=title, xlabel="epoch", ylabel="accuracy, %", ylim=(0, 100))
+        axis.set(title=title, xlabel="epoch", ylim=(0, 100))
         for index, group in enumerate(members):
-            draw(axis, group, "locked_acc", f"{method_of(group)}, locked", f"C{index}", "-")
-            draw(axis, group, "orig_acc", f"{method_of(group)}, original", f"C{index}", "--")
+            draw(axis, group, "locked_acc", method_of(group), f"C{index}", "-")
+            draw(axis, group, "orig_acc", None, f"C{index}", "--")
         axis.legend(fontsize="small")
     save(figure, path, "--plot")
 
