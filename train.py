@@ -394,6 +394,8 @@ def run_epoch(learner, data, epoch, config, writers, log):
     for group in learner.optimizer.param_groups:
         group["lr"] = lr
     loss, accuracy = train_epoch(learner, *data["train"], config)
+    if not math.isfinite(loss):
+        raise UserError(f"epoch {epoch}: the loss is {loss}; lower lr_scheduler.base_lr, or set precision to float32")
     for tag, value in {"learning rate": lr, "loss/train": loss, "accuracy/train": accuracy}.items():
         writers["run"].add_scalar(tag, value, epoch)
     line = f"epoch {epoch:4}/{config.epochs}  lr {lr:.5f}  train loss {loss:.4f}, accuracy {accuracy:6.2f} %"

@@ -105,7 +105,7 @@ def run_all(args, rest):
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in list(running):
-                child.send_signal(signal.SIGINT)  # train.py ends at once, and its checkpoints stay
+                child.terminate()  # its checkpoints are whole at any time
             raise
     if failed:
         raise UserError(f"{failed} of {len(todo)} runs failed, see above; the same command runs them again")
@@ -132,6 +132,10 @@ def gather(folders):
                 for key in ("locked_acc", "orig_acc")
             }
             lock = result["lock"] and result["lock"]["settings"]
+            (
+                method_of([result]),
+                result["name"] + result["architecture"] + f"{result['epochs']:d}",
+            )  # of the right types?
             groups.setdefault(json.dumps([*same, {**config, "seed": None}, lock]), []).append(result)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a result of train.py, or damaged; take it away, or run that again") from error
@@ -209,7 +213,11 @@ def show(groups, path):
     """Write a picture of the images that the runs of each lock method saw: originals, locked, and the difference."""
     folders = {}
     for group in groups:
-        folders.setdefault(method_of(group), group[0]["folder"])
+        folder = next((result["folder"] for result in group if (result["folder"] / "images.png").exists()), None)
+        if folder:
+            folders.setdefault(f"{group[0]['dataset']}, {method_of(group)}", folder)
+    if not folders:
+        raise UserError("--images: there is no images.png beside any result.json; train.py writes it")
     figure = Figure(figsize=(10, 3.2 * len(folders)), layout="constrained")
     for axis, (method, folder) in zip(figure.subplots(len(folders), squeeze=False)[:, 0], folders.items()):
         axis.set_axis_off()
@@ -256,11 +264,11 @@ def parse_arguments():
     if args.run and args.work_path == ["experiments"]:
         raise UserError("--run needs --work-path: the folders of the experiments to run")
     for flag in ("--name", "--resume", "--overwrite"):
-        if flag in rest:
+        if any(flag == given.partition("=")[0] for given in rest):
             raise UserError(f"{flag}: --run names its runs by variant, and goes on with them; leave it out")
     for name, known in {"lock_method": METHODS, "variant": VARIANTS, "seed": [], "work_path": []}.items():
         given = getattr(args, name)
-        setattr(args, name, list(known) if "all" in given else list(dict.fromkeys(given)))
+        setattr(args, name, list(known) if known and "all" in given else list(dict.fromkeys(given)))
     return args, rest
 
 

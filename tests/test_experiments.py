@@ -68,11 +68,13 @@ def test_mistakes(results, user_error, tmp_path):
     assert "holds no result.json" in user_error(study.main, "--work-path", tmp_path / "none")
     assert "--plot curves.gifx: " in user_error(study.main, "--work-path", results, "--plot", "curves.gifx")
     assert "unknown flag --epochs; flags of train.py go with --run" in user_error(study.main, "--epochs", 3)
+    assert "--images: there is no images.png" in user_error(study.main, "--work-path", results, "--images", "i.png")
     assert "--run needs --work-path" in user_error(study.main, "--run")
     assert "--name: --run names its runs by variant" in user_error(
         study.main, "--run", "--work-path", "a", "--name", "b"
     )
-    for content in ("{}", "[]", "{", json.dumps({**RESULT, "config": 3}), json.dumps({**RESULT, "history": None})):
+    for content in ("{}", "[]", "{", json.dumps({**RESULT, "config": 3}), json.dumps({**RESULT, "history": None}),
+                    json.dumps({**RESULT, "name": None}), json.dumps({**RESULT, "alpha": "x"})):  # fmt: skip
         (results / "0" / "result.json").write_text(content)
         line = user_error(study.main, "--work-path", results, "--plot", tmp_path / "curves.png")
         assert "0/result.json: not a result of train.py" in line

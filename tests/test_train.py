@@ -12,7 +12,7 @@ from torch import nn
 
 import train
 from config import CONFIG
-from utils import PRECISIONS
+from utils import PRECISIONS, UserError
 
 
 def test_schedules(tmp_path):
@@ -135,6 +135,13 @@ def test_the_state_of_a_float16_training_is_kept(tmp_path):
     assert learners[1].scaler.get_scale() == learners[0].scaler.get_scale() == 2.0**99
     for mine, theirs in zip(learners[0].model.parameters(), learners[1].model.parameters()):
         assert torch.equal(mine, theirs)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(monkeypatch):
+    config, model = EasyDict(CONFIG), nn.Linear(1, 1)
+    monkeypatch.setattr(train, "train_epoch", lambda *_: (math.nan, 10.0))
+    with pytest.raises(UserError, match="epoch 3: the loss is nan; lower lr_scheduler.base_lr"):
+        train.run_epoch(learner_of(model, lr=0.1), {"train": ()}, 3, config, {}, print)
 
 
 def test_blended_targets_count_by_their_weight(monkeypatch):
