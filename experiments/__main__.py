@@ -125,18 +125,14 @@ def gather(folders):
             result = {"name": "", **json.loads(path.read_text()), "folder": path.parent}
             result["dataset"] = one_name(result["dataset"])
             result.update({key: float(result[key]) for key in ("locked_acc", "orig_acc")})
-            same = [result[key] for key in ("dataset", "architecture", "lock_method", "name", "epochs")]
+            same = "{dataset} {architecture:s} {name:s} {epochs:d} ".format(**result) + method_of([result])
             config = {key: value for key, value in flatten(result["config"]).items() if key not in FREE_ON_RESUME}
             result["curves"] = {
                 key: {record["epoch"]: float(record[key]) for record in result["history"]}
                 for key in ("locked_acc", "orig_acc")
             }
             lock = result["lock"] and result["lock"]["settings"]
-            (
-                method_of([result]),
-                result["name"] + result["architecture"] + f"{result['epochs']:d}",
-            )  # of the right types?
-            groups.setdefault(json.dumps([*same, {**config, "seed": None}, lock]), []).append(result)
+            groups.setdefault(json.dumps([same, {**config, "seed": None}, lock]), []).append(result)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a result of train.py, or damaged; take it away, or run that again") from error
     order = ["", *VARIANTS]
