@@ -125,7 +125,8 @@ def gather(folders):
             result = {"name": "", **json.loads(path.read_text()), "folder": path.parent}
             result["dataset"] = one_name(result["dataset"])
             result.update({key: float(result[key]) for key in ("locked_acc", "orig_acc")})
-            same = "{dataset} {architecture:s} {name:s} {epochs:d} ".format(**result) + method_of([result])
+            result["method"] = method_of(result)
+            same = "{dataset} {architecture:s} {method} {name:s} {epochs:d}".format(**result)
             config = {key: value for key, value in flatten(result["config"]).items() if key not in FREE_ON_RESUME}
             result["curves"] = {
                 key: {record["epoch"]: float(record[key]) for record in result["history"]}
@@ -135,15 +136,20 @@ def gather(folders):
             groups.setdefault(json.dumps([same, {**config, "seed": None}, lock]), []).append(result)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a result of train.py, or damaged; take it away, or run that again") from error
-    order = ["", *VARIANTS]
-    return sorted(groups.values(), key=lambda group: (group[0]["dataset"], group[0]["architecture"], method_of(group),
-                                                      [*order, group[0]["name"]].index(group[0]["name"])))  # fmt: skip
+    return sorted(groups.values(), key=place_in_table)
 
 
-def method_of(group):
-    """The lock method of a group, and the parameters that differ from the paper's."""
-    parameters = [f" {name} {group[0][name]:g}" for name in ("alpha", "lambd") if group[0].get(name, 0.5) != 0.5]
-    return group[0]["lock_method"] + "".join(parameters)
+def method_of(result):
+    """The lock method of a result, and the parameters that differ from the paper's."""
+    parameters = [f" {name} {result[name]:g}" for name in ("alpha", "lambd") if result.get(name, 0.5) != 0.5]
+    return result["lock_method"] + "".join(parameters)
+
+
+def place_in_table(group):
+    """What groups are sorted by: plain runs before the variants, those in their order, and any other name last."""
+    first = group[0]
+    names = ["", *VARIANTS, first["name"]]
+    return first["dataset"], first["architecture"], first["method"], names.index(first["name"])
 
 
 def spread(values):
@@ -158,11 +164,11 @@ def table(groups):
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for group in groups:
-        first, method = group[0], method_of(group)
-        paper = (
-            PAPER.get((first["architecture"], method)) if first["dataset"] == "cifar10" and not first["name"] else None
-        )
-        cells = [first["dataset"], first["architecture"], method, first["name"] or "plain", first["epochs"], len(group)]
+        first = group[0]
+        known = PAPER if first["dataset"] == "cifar10" and not first["name"] else {}
+        paper = known.get((first["architecture"], first["method"]))
+        cells = [first[key] for key in ("dataset", "architecture", "method")]
+        cells += [first["name"] or "plain", first["epochs"], len(group)]
         cells += [spread([result[key] for result in group]) for key in ("orig_acc", "locked_acc")]
         cells.append(f"{paper[0]:.2f} / {paper[1]:.2f}" if paper else "")
         lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -188,7 +194,7 @@ def plot(groups, path):
     for axis, (title, members) in zip(axes.flat, panels.items()):
         axis.set(title=title, xlabel="epoch", ylim=(0, 100))
         for index, group in enumerate(members):
-            draw(axis, group, "locked_acc", method_of(group), f"C{index}", "-")
+            draw(axis, group, "locked_acc", group[0]["method"], f"C{index}", "-")
             draw(axis, group, "orig_acc", None, f"C{index}", "--")
         axis.legend(fontsize="small")
     save(figure, path, "--plot")
@@ -211,7 +217,7 @@ def show(groups, path):
     for group in groups:
         folder = next((result["folder"] for result in group if (result["folder"] / "images.png").exists()), None)
         if folder:
-            folders.setdefault(f"{group[0]['dataset']}, {method_of(group)}", folder)
+            folders.setdefault("{dataset}, {method}".format(**group[0]), folder)
     if not folders:
         raise UserError("--images: there is no images.png beside any result.json; train.py writes it")
     figure = Figure(figsize=(10, 3.2 * len(folders)), layout="constrained")
