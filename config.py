@@ -8,10 +8,10 @@ from easydict import EasyDict
 
 from data import DATASETS
 from models import MODELS
-from utils import PRECISIONS, UserError, check_known, did_you_mean, flatten
+from utils import COMPILE, PRECISIONS, UserError, check_known, did_you_mean, flatten
 
 # Every key of a config.yaml with its default; where that is a type, the file must give the key.
-# The keys are CIFAR-ZOO's and the original's; those below train_on, seed and precision are new.
+# The keys are CIFAR-ZOO's and the original's; those below train_on, seed, precision and compile are new.
 CONFIG = {
     "architecture": str,
     "dataset": str,
@@ -32,6 +32,7 @@ CONFIG = {
     "workers": 4,
     "seed": 0,
     "precision": "auto",
+    "compile": "auto",
     "optimize": {"momentum": 0.9, "weight_decay": 1e-4, "nesterov": True},
     "mixup": False,
     "mixup_alpha": 0.4,
@@ -79,6 +80,7 @@ CONFIG_HELP = {
     "workers": "accepted, not used: images stay on the device",
     "seed": "seed of weights, order and augmentation",
     "precision": "auto, float32, bfloat16 or float16; auto: float32 on a CPU, less on a GPU that is faster so",
+    "compile": "auto, always or never: torch.compile, and on a GPU a CUDA graph of the step; auto: on a GPU",
     "optimize.momentum": "of SGD",
     "optimize.weight_decay": "of SGD",
     "optimize.nesterov": "Nesterov's momentum",
@@ -197,6 +199,7 @@ def check_values(config, path):
     check_known(config.architecture, MODELS, f"{path}: architecture")
     check_known(config.dataset, DATASETS, f"{path}: dataset")
     check_known(config.precision, ("auto", *PRECISIONS), f"{path}: precision")
+    check_known(config.compile, COMPILE, f"{path}: compile")
     check_known(config.train_on, ("locked", "original"), f"{path}: train_on")
     check_known(config.lr_scheduler.type, ("STEP", "COSINE", "HTD"), f"{path}: lr_scheduler.type")
     values = flatten(config)

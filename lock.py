@@ -28,10 +28,11 @@ import shards
 import utils
 from attack import attack
 from data import DATASETS, SPLITS, to_float, to_uint8
+from graphs import Compiled
 from lockfiles import METHODS, Paths, attacks_of, sha256
 from models.base import Surrogate, load_classifier
 from ranks import Ranks
-from utils import PRECISIONS, UserError, number, write_file
+from utils import COMPILE, PRECISIONS, UserError, number, write_file
 
 # True class -> target class, in CIFAR-10's order. T2 keeps class 9 and T4 class 7, as the original does.
 TARGET_MAPS = {
@@ -210,14 +211,18 @@ def lock_dataset(args):
     check_splits(splits, args.orig_data)
     classes = splits["train"].classes
     device, reason = utils.pick_device()
-    precision, why = utils.pick_precision(args.precision, device)
+    args.precision, why = utils.pick_precision(args.precision, device)
+    args.compile = utils.pick_compile(args.compile, device)
+    torch.backends.cudnn.benchmark = True
     classifier = load_classifier(args.resume_path, args.arch, args.dataset, len(classes)).to(device)
     utils.check_size(classifier, to_float(splits["train"].images[:1]).to(device), f"--arch {args.arch}")
-    surrogate = Surrogate(classifier, PRECISIONS[precision])
+    surrogate = Surrogate(classifier, PRECISIONS[args.precision])
+    if args.compile == "always":
+        surrogate.model = Compiled(surrogate.model, ranks.say)
     maps, base = target_maps(len(classes), args.manual_seed), sha256(Path(args.resume_path).read_bytes())
     suffixes = {method: lockfiles.lock_suffix(method, args.alpha, args.lambd) for method in args.lock_method}
     places = {method: Paths(args.lock_data, suffix) for method, suffix in suffixes.items()}
-    settings = {method: shards.settings_of(method, splits, maps, base, precision, args) for method in places}
+    settings = {method: shards.settings_of(method, splits, maps, base, args) for method in places}
     with ExitStack() as stack:
         ranks.on_first(stack.enter_context, utils.exclusive(args.lock_data))
         manifests = ranks.on_first(shards.prepare, places, settings, args)
@@ -225,7 +230,7 @@ def lock_dataset(args):
         if todo:
             where = f"{device} ({reason})" + (f" and {ranks.count - 1} more" if ranks.count > 1 else "")
             ranks.say(f"Locking {args.dataset} by {', '.join(todo)} with {args.arch}, on {where}")
-            ranks.say(f"in {precision} ({why})")
+            ranks.say(f"in {args.precision} ({why})" + (", compiled" if args.compile == "always" else ""))
         for name in attacks_of(todo):
             kept = [classes[index] for index, target in enumerate(maps[name]) if index == target]
             if kept:
@@ -364,6 +369,12 @@ def parse_arguments():
         default="auto",
         help="what the gradients are computed in; auto: float32 on a CPU, bfloat16 or float16 on a GPU that is "
         "faster so (default: %(default)s)",
+    )
+    add(
+        "--compile",
+        choices=COMPILE,
+        default="auto",
+        help="use torch.compile, which takes about a minute; auto: on a GPU (default: %(default)s)",
     )
     add("--batch-size", type=number(int, 1), default=128, help="images attacked at once (default: %(default)s)")
     add("--subset", type=number(int, 1), help="lock only the first SUBSET images of each split")

@@ -25,14 +25,13 @@ from utils import UserError, write_file
 # Settings
 
 
-def settings_of(method, splits, maps, base, precision, args):
+def settings_of(method, splits, maps, base, args):
     """All that decides what a lock is. Two locks of the same settings are the same."""
     return {
         "method": method,
         **{name: getattr(args, name) for name in lockfiles.parameters_of(method)},
         **{name: getattr(args, name) for name in ("eps", "attack_lr", "attack_steps", "batch_size", "manual_seed")},
-        "precision": precision,
-        "subset": args.subset,
+        **{name: getattr(args, name) for name in ("precision", "compile", "subset")},
         "dataset": data.one_name(args.dataset),
         "classes": splits["train"].classes,
         "original_sha256": {

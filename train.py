@@ -33,6 +33,7 @@ from attack import attack
 from augmentation import as_inputs, augment, make_mixer, preprocess
 from config import CONFIG, CONFIG_HELP, FREE_ON_RESUME, load_config
 from data import DATASETS, SPLITS, is_plain, one_name, to_float
+from graphs import Captured, Compiled
 from lockfiles import METHODS, Paths, hash_tensor, load_locked, load_whole, lock_suffix, parse_suffix, split_path
 from models import MODELS
 from utils import PRECISIONS, UserError, flatten, number, write_file
@@ -67,7 +68,8 @@ def make_learner(config, device):
     # channels_last is the order in which convolutions are fast, on CPUs as on GPUs
     model = MODELS[config.architecture](num_classes=config.num_classes)
     model = model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), lr=config.lr_scheduler.base_lr, **config.optimize)
+    lr = torch.tensor(config.lr_scheduler.base_lr, device=device)  # a tensor: a step in a CUDA graph reads it anew
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, fused=True, **config.optimize)
     return Learner(model, optimizer, torch.amp.GradScaler(device.type, enabled=config.precision == "float16"))
 
 
@@ -80,16 +82,37 @@ def forward(model, inputs, config):
 def attack_inputs(model, inputs, targets, config):
     """Inputs float32 [N, 3, H, W] in [0, 1], led away from their targets as the model is now (Madry et al., 2018)."""
     options = config.adversarial
-    classifier = partial(forward, model.eval(), config=config)
+    classifier = partial(forward, model.eval().requires_grad_(False), config=config)
     attacked = attack(classifier, inputs, targets, options.eps, options.attack_lr, options.attack_steps, targeted=False)
-    model.train()
+    model.requires_grad_(True)
     return attacked
 
 
-def train_epoch(learner, images, labels, config):
-    """One pass in random order over images uint8 [N, 3, H, W]; returns mean loss and accuracy in percent."""
+def train_step(learner, config, inputs, targets):
+    """A step of SGD on inputs float32 [N, 3, H, W]; returns their mean loss and the number of right predictions."""
     model, optimizer, scaler = learner
-    model.train()
+    if config.adversarial.eps > 0:
+        inputs = attack_inputs(model, inputs, targets, config)
+    logits = forward(model.train(), inputs, config)
+    loss = F.cross_entropy(logits, targets)
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return loss.detach(), hits(logits, targets).sum()
+
+
+def make_step(learner, config, say=print):
+    """train_step as a function of inputs and targets: compiled where the config says so, and captured on a GPU."""
+    if config.compile != "always":
+        return partial(train_step, learner, config)
+    step = partial(train_step, learner._replace(model=Compiled(learner.model, say)), config)
+    on_gpu = next(learner.model.parameters()).is_cuda
+    return Captured(step, say) if on_gpu else step
+
+
+def train_epoch(step, images, labels, config):
+    """One pass of steps in random order over images uint8 [N, 3, H, W]; returns mean loss and accuracy in percent."""
     mix = make_mixer(config)
     loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=images.device)
     order = torch.randperm(len(images), device=images.device)
@@ -97,16 +120,9 @@ def train_epoch(learner, images, labels, config):
         inputs, targets = augment(images[indices], config), labels[indices]
         if mix:
             inputs, targets = mix(inputs, targets)
-        if config.adversarial.eps > 0:
-            inputs = attack_inputs(model, inputs, targets, config)
-        logits = forward(model, inputs, config)
-        loss = F.cross_entropy(logits, targets)
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        loss_sum += loss.detach() * len(indices)
-        correct += hits(logits, targets).sum()
+        loss, right = step(inputs, targets)
+        loss_sum += loss * len(indices)
+        correct += right
     return loss_sum.item() / len(images), 100 * correct.item() / len(images)
 
 
@@ -261,7 +277,7 @@ def restore(state, learner, config, data_hash):
     """Bring back what save_checkpoint wrote; raises UserError where it is of another run."""
     free = FREE_ON_RESUME | ({"epochs"} if config.lr_scheduler.type == "STEP" else set())
     # what an older version did, which had no such keys
-    before = {**flatten(CONFIG), "precision": "float32", **json.loads(state["config"])}
+    before = {**flatten(CONFIG), "precision": "float32", "compile": "never", **json.loads(state["config"])}
     for key, now in flatten(config).items():
         if key not in free and before[key] != now:
             raise UserError(f"--resume: the run was trained with {key} {before[key]}, but it is {now} now; set it back")
@@ -269,6 +285,8 @@ def restore(state, learner, config, data_hash):
         raise UserError("--resume: the run was trained on other data than the files hold now; start with --overwrite")
     if state["epoch"] > config.epochs:
         raise UserError(f"--resume: the run has {state['epoch']} epochs already; it cannot end after {config.epochs}")
+    # of the optimizer only what it has gathered: its settings are the config's
+    state["optimizer"]["param_groups"] = learner.optimizer.state_dict()["param_groups"]
     for name, part in learner._asdict().items():
         part.load_state_dict(state.get(name, {}))
     torch.set_rng_state(state["rng"])
@@ -387,13 +405,13 @@ def evaluate_both(model, data, config):
     return {"locked_loss": locked_loss, "locked_acc": locked_acc, "orig_loss": orig_loss, "orig_acc": orig_acc}
 
 
-def run_epoch(learner, data, epoch, config, writers, log):
+def run_epoch(learner, step, data, epoch, config, writers, log):
     """Train for one epoch, counted from 1, and evaluate where one is due; returns its record, or None."""
     start = time.time()
     lr = learning_rate(config, epoch - 1)
     for group in learner.optimizer.param_groups:
-        group["lr"] = lr
-    loss, accuracy = train_epoch(learner, *data["train"], config)
+        group["lr"].fill_(lr)
+    loss, accuracy = train_epoch(step, *data["train"], config)
     if not math.isfinite(loss):
         raise UserError(f"epoch {epoch}: the loss is {loss}; lower lr_scheduler.base_lr, or set precision to float32")
     for tag, value in {"learning rate": lr, "loss/train": loss, "accuracy/train": accuracy}.items():
@@ -431,6 +449,7 @@ def run(args, config, data, manifest, folder, suffix):
     """Train in a folder, from the start or from the last whole checkpoint; writes all that a run leaves behind."""
     device, reason = utils.pick_device(config.use_gpu)
     config.precision, why = utils.pick_precision(config.precision, device)
+    config.compile = utils.pick_compile(config.compile, device)
     torch.manual_seed(config.seed)
     torch.backends.cudnn.benchmark = True
     learner = make_learner(config, device)
@@ -438,7 +457,7 @@ def run(args, config, data, manifest, folder, suffix):
 
     log = log_to(folder / "log.txt")
     log(f"{config.architecture} on {suffix}, seed {config.seed}, on {device} ({reason}), in {folder}")
-    log(f"in {config.precision} ({why})")
+    log(f"in {config.precision} ({why}){', compiled' if config.compile == 'always' else ''}")
     log("images: " + ", ".join(f"{len(labels)} {name}" for name, (_, labels) in data.items()))
     if manifest is None:
         log("the locked files have no manifest (lock_*.json): what they were made of and from is not verified")
@@ -456,8 +475,9 @@ def run(args, config, data, manifest, folder, suffix):
     picture = show_pictures(data, folder, writers["run"])
     data = {name: (images.to(device), labels.to(device)) for name, (images, labels) in data.items()}
 
+    step = make_step(learner, config, log)
     for epoch in range(done + 1, config.epochs + 1):
-        record = run_epoch(learner, data, epoch, config, writers, log)
+        record = run_epoch(learner, step, data, epoch, config, writers, log)
         is_best = record and record["locked_acc"] > max((earlier["locked_acc"] for earlier in history), default=-1)
         history += [record] if record else []
         if is_best:  # the best first: were it second, a run stopped between the two would never write it

@@ -217,6 +217,14 @@ def pick_precision(name, device):
     return "float32", "this GPU is not faster in less"
 
 
+COMPILE = ("auto", "always", "never")  # when to use torch.compile
+
+
+def pick_compile(name, device):
+    """Whether to use torch.compile, as "always" or "never"; name is one of them, or auto: always on a GPU."""
+    return ("always" if device.type == "cuda" else "never") if name == "auto" else name
+
+
 def check_size(model, images, what):
     """Raise UserError where a model does not take images [N, 3, H, W] of this size; what says where it was named."""
     try:

@@ -69,8 +69,8 @@ def test_train_and_resume(place, command, monkeypatch, capsys):
     (place / "stopped" / "config.yaml").write_text((place / "preresnet8" / "config.yaml").read_text())
     run_epoch = train.run_epoch
 
-    def stop_in_epoch_3(learner, data, epoch, *rest):
-        record = run_epoch(learner, data, epoch, *rest)
+    def stop_in_epoch_3(learner, step, data, epoch, *rest):
+        record = run_epoch(learner, step, data, epoch, *rest)
         if epoch == 3:
             raise KeyboardInterrupt
         return record

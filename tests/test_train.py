@@ -28,7 +28,7 @@ def test_schedules(tmp_path):
 
 def learner_of(model, lr):
     """A Learner of the model by plain SGD, in float32."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(float(lr)), fused=True)
     return train.Learner(model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
 
 
@@ -45,8 +45,8 @@ def test_training_and_evaluation_count_right():
     expected = F.cross_entropy(model(images / 255), labels).item()
     assert accuracy == 100 and loss == pytest.approx(expected)
     assert train.evaluate(model, images, 1 - labels, config)[1] == 0
-    frozen = learner_of(model, lr=0)
-    assert train.train_epoch(frozen, images, labels, config) == pytest.approx((expected, 100), abs=1e-6)
+    step = train.make_step(learner_of(model, lr=0), config)
+    assert train.train_epoch(step, images, labels, config) == pytest.approx((expected, 100), abs=1e-6)
 
 
 def two_tones(n, labels):
@@ -79,9 +79,9 @@ def test_an_epoch_trains_on_the_training_set_and_tells_the_test_sets_apart():
     model[1].bias.data = torch.tensor([-0.01, 0.01])
     learner = learner_of(model, lr=123)
     writers, lines = {name: Recorder() for name in ("run", "locked", "original")}, []
-    assert train.run_epoch(learner, data, 2, config, writers, lines.append) is None
+    assert train.run_epoch(learner, train.make_step(learner, config), data, 2, config, writers, lines.append) is None
     assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
-    record = train.run_epoch(learner, data, 3, config, writers, lines.append)
+    record = train.run_epoch(learner, train.make_step(learner, config), data, 3, config, writers, lines.append)
     assert (record["epoch"], record["locked_acc"], record["orig_acc"]) == (3, 0, 100)
     assert record["orig_loss"] < 0.7 < record["locked_loss"]
     assert writers["run"].scalars["learning rate", 3] == pytest.approx(0.001)
@@ -116,7 +116,7 @@ def test_a_precision_is_what_is_computed_in(precision, tmp_path):
         if name == "float16":
             learner.scaler.scale(torch.ones(()))  # makes the state that load_state_dict sets
             learner.scaler.load_state_dict(learner.scaler.state_dict() | {"scale": 128.0})
-        train.train_epoch(learner, images, labels, config)
+        train.train_epoch(train.make_step(learner, config), images, labels, config)
         train.evaluate(learner.model, images, labels, config)
         changes[name] = flat(learner.model) - before
         assert changes[name].dtype == torch.float32
@@ -129,7 +129,7 @@ def test_the_state_of_a_float16_training_is_kept(tmp_path):
     learners = [train.make_learner(config, torch.device("cpu")) for _ in range(2)]
     images, labels = torch.randint(256, (16, 3, 8, 8), dtype=torch.uint8), torch.arange(16) % 10
     learners[0].scaler.load_state_dict(learners[0].scaler.state_dict() | {"scale": 2.0**100})  # too much: it is halved
-    train.train_epoch(learners[0], images, labels, config)
+    train.train_epoch(train.make_step(learners[0], config), images, labels, config)
     train.save_checkpoint(tmp_path / "state", learners[0], 1, [], config, "data")
     train.restore(torch.load(tmp_path / "state"), learners[1], config, "data")
     assert learners[1].scaler.get_scale() == learners[0].scaler.get_scale() == 2.0**99
@@ -141,7 +141,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(monkeypatch):
     config, model = EasyDict(CONFIG), nn.Linear(1, 1)
     monkeypatch.setattr(train, "train_epoch", lambda *_: (math.nan, 10.0))
     with pytest.raises(UserError, match="epoch 3: the loss is nan; lower lr_scheduler.base_lr"):
-        train.run_epoch(learner_of(model, lr=0.1), {"train": ()}, 3, config, {}, print)
+        train.run_epoch(learner_of(model, lr=0.1), None, {"train": ()}, 3, config, {}, print)
 
 
 def test_blended_targets_count_by_their_weight(monkeypatch):
@@ -156,13 +156,13 @@ def test_blended_targets_count_by_their_weight(monkeypatch):
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
     model[1].weight.data.zero_()
     model[1].bias.data = torch.tensor([2.0, 0.0])
-    frozen = learner_of(model, lr=0)
+    step = train.make_step(learner_of(model, lr=0), config)
     losses = F.cross_entropy(torch.tensor([[2.0, 0.0]] * 2), torch.tensor([0, 1]), reduction="none")
     expected = (0.25 * losses[0] + 0.75 * losses[1]).item()
-    assert train.train_epoch(frozen, images, labels, config) == pytest.approx((expected, 25))
+    assert train.train_epoch(step, images, labels, config) == pytest.approx((expected, 25))
     assert not led_away_from
     config.adversarial.eps = 0.5
-    assert train.train_epoch(frozen, images, labels, config) == pytest.approx((expected, 25))
+    assert train.train_epoch(step, images, labels, config) == pytest.approx((expected, 25))
     assert torch.equal(led_away_from[0], blended)
 
 
@@ -173,7 +173,8 @@ def test_adversarial_training_trains_on_what_it_led_astray(tmp_path):
     images, labels = torch.randint(60, 200, (6, 3, 8, 8), dtype=torch.uint8), torch.arange(6)
     model, seen = nn.Sequential(nn.Flatten(), nn.Linear(192, 10), nn.Dropout(0.9)), []
     model.register_forward_hook(lambda model, inputs, output: seen.append((model.training, inputs[0].detach())))
-    loss, _ = train.train_epoch(learner_of(model, lr=0), images, labels, config)
+    step = train.make_step(learner_of(model, lr=0), config)
+    loss, _ = train.train_epoch(step, images, labels, config)
     assert [training for training, _ in seen] == [False] * 8 + [True]  # seven steps, and then it trains
     originals, attacked = seen[0][1], seen[-1][1]
     torch.testing.assert_close((attacked - originals).flatten(1).norm(dim=1), torch.full((6,), 0.5))

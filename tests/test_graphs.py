@@ -1,0 +1,212 @@
+"""torch.compile and CUDA graphs: they do what the plain code does, and where they fail, it does it instead."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from conftest import MINIMAL, config_of, lock_flags
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import graphs
+import lock
+import lockfiles
+import train
+from graphs import Captured, Compiled
+from lockfiles import Paths, load_whole
+
+
+def tensors(tree):
+    """The tensors in nested lists, tuples and dicts."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+class Tape(TorchDispatchMode):
+    """A CUDA graph as it would be on a CPU: what is recorded happens to the same memory again with each replay.
+
+    As with the real one, nothing happens while it is recorded, and what would read a tensor in Python, or bring one
+    from there, is refused.
+    """
+
+    REFUSED = ("_local_scalar_dense", "lift_fresh", "nonzero", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.before, self.made = [], [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = function._schema.name.partition("::")[2]
+        if name in self.REFUSED:
+            raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
+        known = {id(tensor) for tensor in self.made}
+        self.before += [(tensor, tensor.clone()) for tensor in tensors((args, kwargs)) if id(tensor) not in known]
+        results = function(*args, **kwargs)
+        self.made += tensors(results)
+        self.calls.append((function, args, kwargs, results))
+        return results
+
+    @torch.no_grad()
+    def undo(self):
+        """Take back what recording did to the tensors that were there before."""
+        for tensor, value in reversed(self.before):
+            tensor.copy_(value)
+
+    @torch.no_grad()
+    def replay(self):
+        for function, args, kwargs, recorded in self.calls:
+            results = function(*args, **kwargs)
+            if not any(value.alias_info for value in function._schema.returns):  # neither in place, nor a view
+                for mine, new in zip(tensors(recorded), tensors(results)):
+                    mine.copy_(new)
+
+
+class Recording:
+    """Stands for torch.cuda.graph."""
+
+    def __init__(self, tape, stream):
+        self.tape = tape
+
+    def __enter__(self):
+        self.tape.__enter__()
+
+    def __exit__(self, *error):
+        self.tape.__exit__(*error)
+        self.tape.undo()
+
+
+class Stream:
+    def wait_stream(self, other):
+        pass
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """Lets Captured run on the CPU."""
+    for name, value in {
+        "CUDAGraph": Tape,
+        "graph": Recording,
+        "Stream": Stream,
+        "current_stream": Stream,
+        "stream": lambda stream: nullcontext(),
+    }.items():
+        monkeypatch.setattr(graphs.torch.cuda, name, value)
+
+
+def train_twice(config, change=lambda step: step, epochs=3):
+    """A short training, its step changed; returns all that a checkpoint holds of it, and what each epoch returned."""
+    torch.manual_seed(0)
+    learner = train.make_learner(config, torch.device("cpu"))
+    images, labels = torch.randint(256, (44, 3, 8, 8), dtype=torch.uint8), torch.arange(44) % 10
+    step = change(train.make_step(learner, config))
+    results = []
+    for epoch in range(epochs):
+        learner.optimizer.param_groups[0]["lr"].fill_(0.1 / (epoch + 1))
+        results.append(train.train_epoch(step, images, labels, config))
+    momentum = {i: state["momentum_buffer"] for i, state in learner.optimizer.state_dict()["state"].items()}
+    return {**learner.model.state_dict(), **momentum, "scale": learner.scaler.get_scale()}, results
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"precision": "bfloat16"}, {"precision": "float16"}, {"mixup": "True"}, {"adversarial.eps": "0.5"}],
+    ids=lambda keys: "".join(keys.values()),
+)
+def test_a_captured_training_is_the_plain_one(no_gpu, tmp_path, keys):
+    """Weights, running statistics, momentum, losses and accuracies, bit for bit, over changing learning rates and
+    batches of two sizes."""
+    config = config_of(tmp_path, MINIMAL, architecture="preresnet8", batch_size="8", **{"precision": "float32"} | keys)
+    said = []
+    expected, expected_results = train_twice(config)
+    steps = []
+    state, results = train_twice(config, lambda step: steps.append(Captured(step, said.append)) or steps[0])
+    assert not said and steps[0].graph.calls
+    assert results == expected_results
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(torch.as_tensor(state[name]), torch.as_tensor(value)), name
+
+
+def test_what_cannot_be_captured_runs_as_it_is(no_gpu):
+    """As a function does that reads a value in Python."""
+    total, said = torch.zeros(()), []
+
+    def add(values):
+        total.add_(values.sum().item())
+        return (total.clone(),)
+
+    captured = Captured(add, said.append)
+    for count in range(1, 8):
+        assert captured(torch.ones(3))[0] == 3 * count
+    assert said == [
+        "no CUDA graph was recorded (_local_scalar_dense: operation not permitted when stream is capturing): "
+        "going on without"
+    ]
+
+
+@pytest.fixture
+def compiles(monkeypatch):
+    """Lets torch.compile run what it would compile; returns a list that grows by one whenever it does."""
+    runs = []
+
+    def backend(graph_module, example_inputs):
+        def run(*args):
+            runs.append(None)
+            return graph_module(*args)
+
+        return run
+
+    compile = torch.compile
+    monkeypatch.setattr(graphs.torch, "compile", lambda module, **options: compile(module, backend=backend, **options))
+    torch.compiler.reset()
+    return runs
+
+
+def test_one_shape_is_compiled(compiles):
+    model = Compiled(nn.Conv2d(3, 2, 3))
+    for n in (4, 4, 1, 4):
+        images = torch.rand(n, 3, 8, 8)
+        assert torch.equal(model(images), model.module(images))
+    assert len(compiles) == 3
+    with torch.no_grad():
+        model(torch.rand(4, 3, 8, 8))
+    assert len(compiles) == 3
+
+
+def test_a_compiled_training_is_the_plain_one(compiles, tmp_path):
+    keys = {"architecture": "preresnet8", "precision": "float32", "batch_size": "8"}
+    expected, _ = train_twice(config_of(tmp_path, MINIMAL, **keys))
+    assert not compiles
+    state, _ = train_twice(config_of(tmp_path, MINIMAL, **keys, compile="always"))
+    assert len(compiles) == 15  # of 18 steps, three with the last four images
+    for name, value in expected.items():
+        torch.testing.assert_close(torch.as_tensor(state[name]), torch.as_tensor(value))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which torch.compile looks at, and does not show
+def test_a_compiled_lock_is_the_plain_one(compiles, command, place, tmp_path):
+    """Batches of 40 images are compiled: two of the training and two of the test set, each with 3 + 1 evaluations."""
+    flags = [*lock_flags(place, tmp_path), "--lock-method", "basic"]
+    command(lock.main, *flags, "--compile", "always")
+    assert len(compiles) == 4 * (3 + 1)
+    compiled, plain = (lockfiles.read_manifest(Paths(folder, "basic")) for folder in (tmp_path, place))
+    assert compiled["settings"] == plain["settings"] | {"compile": "always"}
+    for split in ("train", "test"):
+        images = [load_whole(Paths(folder, "basic").file(split, "image")) for folder in (tmp_path, place)]
+        assert all(map(torch.equal, *images))
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):
+    def fail(module, **options):
+        def run(inputs):
+            raise RuntimeError("Failed to find C compiler. Please specify one.\nmore")
+
+        return run
+
+    monkeypatch.setattr(graphs.torch, "compile", fail)
+    said = []
+    model, images = Compiled(nn.Conv2d(3, 2, 3), said.append), torch.rand(1, 3, 8, 8)
+    for _ in range(2):
+        assert torch.equal(model(images), model.module(images))
+    assert said == ["torch.compile failed (Failed to find C compiler): going on without"]
