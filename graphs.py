@@ -4,40 +4,34 @@ Where one of them fails, it says so in a line, and the work goes on without it.
 """
 
 import torch
-from torch import nn
 
 from utils import first_line
 
 
-class Compiled(nn.Module):
-    """A module by torch.compile, for inputs of the shape that it is first given.
+class Compiled:
+    """A function by torch.compile, where a gradient is taken, for inputs of the shape that it is first given so.
 
     Inputs of another shape, such as the last batch of a data set, and those that no gradient is taken of go through
-    the module itself: compiling once more would take longer than that.
+    the function itself: compiling once more would take longer than that. Given to a module in place of its forward, it
+    leaves all else about the module as it is.
     """
 
-    def __init__(self, module, say=print):
-        super().__init__()
-        self.module, self.say = module, say
-        self.compiled, self.failed = torch.compile(module, dynamic=False), False
-        self.shape = None
+    def __init__(self, function, say=print):
+        self.function, self.say = function, say
+        self.compiled, self.shape = torch.compile(function, dynamic=False), None
 
-    def forward(self, inputs):
-        if torch.is_grad_enabled() and not self.failed:
+    def __call__(self, inputs, *args, **kwargs):
+        if self.compiled and torch.is_grad_enabled():
             self.shape = self.shape or inputs.shape
             if inputs.shape == self.shape:
-                return self.try_compiled(inputs)
-        return self.module(inputs)
-
-    def try_compiled(self, inputs):
-        try:
-            return self.compiled(inputs)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except Exception as error:  # there is no C++ compiler, or one of many other reasons: none stops the work
-            self.say(f"torch.compile failed ({first_line(error)}): going on without")
-            self.failed = True
-            return self.module(inputs)
+                try:
+                    return self.compiled(inputs, *args, **kwargs)
+                except torch.cuda.OutOfMemoryError:
+                    raise
+                except Exception as error:  # no C++ compiler, or one of many other reasons: none stops the work
+                    self.say(f"torch.compile failed ({first_line(error)}): going on without")
+                    self.compiled = None
+        return self.function(inputs, *args, **kwargs)
 
 
 class Captured:

@@ -104,11 +104,11 @@ def train_step(learner, config, inputs, targets):
 
 def make_step(learner, config, say=print):
     """train_step as a function of inputs and targets: compiled where the config says so, and captured on a GPU."""
+    step, model = partial(train_step, learner, config), learner.model
     if config.compile != "always":
-        return partial(train_step, learner, config)
-    step = partial(train_step, learner._replace(model=Compiled(learner.model, say)), config)
-    on_gpu = next(learner.model.parameters()).is_cuda
-    return Captured(step, say) if on_gpu else step
+        return step
+    model.forward = Compiled(model.forward, say)
+    return Captured(step, say) if next(model.parameters()).is_cuda else step
 
 
 def train_epoch(step, images, labels, config):
