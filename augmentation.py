@@ -29,6 +29,36 @@ def random_flip(images):
     return torch.where(flip, images.flip(-1), images)
 
 
+def random_rotation(images, degrees):
+    """Each image, float [N, C, H, W], turned around its centre by its own angle, of so many degrees at most.
+
+    Each pixel takes the value of the nearest one; what comes from outside is 0.
+    """
+    n, _, height, width = images.shape
+    angles = torch.empty(n, device=images.device).uniform_(-degrees, degrees).deg2rad()
+    cos, sin, none = angles.cos(), angles.sin(), torch.zeros_like(angles)
+    rows = torch.stack([cos, -sin * height / width, none], 1), torch.stack([sin * width / height, cos, none], 1)
+    grid = F.affine_grid(torch.stack(rows, 1), images.shape, align_corners=False)
+    return F.grid_sample(images, grid, mode="nearest", align_corners=False)
+
+
+def color_jitter(images, strength):
+    """Images, float [N, 3, H, W] in [0, 1], each with its own brightness, contrast and saturation.
+
+    Each of the three is multiplied by a factor from 1 - strength to 1 + strength, one after the other in an order
+    that is drawn for all images together.
+    """
+    less = [  # what an image is with a factor of 0
+        torch.zeros_like,
+        lambda images: functional.rgb_to_grayscale(images).mean((1, 2, 3), keepdim=True).expand_as(images),
+        lambda images: functional.rgb_to_grayscale(images).expand_as(images),
+    ]
+    for kind in torch.randperm(3).tolist():
+        factors = torch.empty(len(images), 1, 1, 1, device=images.device).uniform_(1 - strength, 1 + strength)
+        images = torch.lerp(less[kind](images), images, factors).clamp(0, 1)
+    return images
+
+
 def cutout(images, holes, length):
     """Each image [N, C, H, W] with square holes of zeros at random places, some cut off by an edge.
 

@@ -11,28 +11,29 @@ robustness' own loop, data sets, checkpoints and store. --arch is one of its CIF
 import ast
 import codecs
 import inspect
+import math
 import os
 import sys
 import types
 import warnings
 from contextlib import contextmanager
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 from torch.hub import load_state_dict_from_url
-from torchvision import transforms
+from torch.utils._pytree import tree_map
 
 import utils
-from data import DATASETS, list_images, read_image
+from augmentation import color_jitter, random_crop, random_flip, random_rotation
+from data import DATASETS, SPLITS, to_float
+from graphs import Compiled
 from models import MODELS
-from utils import UserError
+from utils import COMPILE, PRECISIONS, UserError
 
 # To run robustness today
 
@@ -45,7 +46,7 @@ os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", SyntaxWarning)  # Python 3.12 frowns at the backslashes in its docstrings
-    from robustness import cifar_models, data_augmentation
+    from robustness import cifar_models
     from robustness import datasets as robustness_datasets
     from robustness.attacker import AttackerModel
     from robustness.model_utils import DummyModel
@@ -58,68 +59,41 @@ def cuda_optional():
         yield
         return
     stay = {"cuda": lambda self, *args, **kwargs: self}
-    with mock.patch.multiple(torch.Tensor, **stay), mock.patch.multiple(nn.Module, **stay), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*pin_memory.*")  # its loaders always pin
+    with mock.patch.multiple(torch.Tensor, **stay), mock.patch.multiple(nn.Module, **stay):
         yield
 
 
-# The project's data sets, as robustness' own
+# The data, as robustness' loops want them
 
 
-class PILImages(torch.utils.data.Dataset):
-    """A split of a data set as robustness' loaders want it: PIL images, transformed one by one."""
+def augment_photos(images):
+    """uint8 images [N, 3, H, W] as inputs in [0, 1], augmented as robustness does it for CIFAR-10, but all at once."""
+    return random_rotation(color_jitter(to_float(random_flip(random_crop(images))), 0.25), 2)
 
-    def __init__(self, dataset, root, train, download, transform):
-        self.data, self.labels, *_ = DATASETS[dataset].load(root, "train" if train else "test")
-        self.transform = transform
+
+def augment_digits(images):
+    """The same, less the flip and the colours: a mirrored 2 is no 2."""
+    return random_rotation(to_float(random_crop(images, padding=2)), 2)
+
+
+AUGMENTATION = {name: augment_digits if name == "digits" else augment_photos for name in DATASETS}
+
+
+class Batches:
+    """What robustness takes for a loader: batches of a Split that lies on the device, its images transformed there."""
+
+    def __init__(self, split, device, batch_size, transform=to_float, shuffle=False):
+        self.images, self.labels = split.images.to(device), split.labels.to(device)
+        self.batch_size, self.transform, self.shuffle = batch_size, transform, shuffle
 
     def __len__(self):
-        return len(self.data)
+        return math.ceil(len(self.labels) / self.batch_size)
 
-    def __getitem__(self, index):
-        image = Image.fromarray(self.data[index].permute(1, 2, 0).numpy())
-        return self.transform(image), int(self.labels[index])
+    def __iter__(self):
+        draw = torch.randperm if self.shuffle else torch.arange
+        for indices in draw(len(self.labels), device=self.labels.device).split(self.batch_size):
+            yield self.transform(self.images[indices]), self.labels[indices]
 
-
-class OwnDataset(robustness_datasets.DataSet):
-    """A data set of data.py, by its name there, as a robustness data set."""
-
-    def __init__(self, name, data_path, num_classes, transform_train):
-        super().__init__(
-            name,
-            data_path,
-            num_classes=num_classes,
-            mean=torch.tensor(DATASETS[name].mean),
-            std=torch.tensor(DATASETS[name].std),
-            custom_class=partial(PILImages, name),
-            transform_train=transform_train,
-            transform_test=transforms.ToTensor(),
-        )
-
-
-class Digits(OwnDataset):
-    """The digits, with robustness' own augmentation, less the flip and the colours: a mirrored 2 is no 2."""
-
-    def __init__(self, data_path):
-        augmentation = [transforms.RandomCrop(32, padding=2), transforms.RandomRotation(2), transforms.ToTensor()]
-        super().__init__("digits", data_path, 10, transforms.Compose(augmentation))
-
-
-class Folder(OwnDataset):
-    """A folder of images, with robustness' augmentation of CIFAR-10."""
-
-    def __init__(self, data_path):
-        files = list_images(Path(data_path, "train"))
-        size = tuple(read_image(files.samples[0][0]).shape[1:])
-        super().__init__("folder", data_path, len(files.classes), data_augmentation.TRAIN_TRANSFORMS_DEFAULT(size))
-
-
-ROBUSTNESS_DATASETS = {
-    "cifar": robustness_datasets.CIFAR,
-    "cifar10": robustness_datasets.CIFAR,
-    "digits": Digits,
-    "folder": Folder,
-}
 
 # Build and load
 
@@ -223,13 +197,14 @@ class Surrogate(nn.Module):
 
 def robustness_main():
     """The module robustness.main, which offers in its flags just the data sets that this project can lock."""
-    robustness_datasets.DATASETS = ROBUSTNESS_DATASETS
+    robustness_datasets.DATASETS = dict(zip(DATASETS, DATASETS))  # its defaults of each are looked up by the value
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)
         warnings.filterwarnings("ignore", message="Could not import amp")
         from robustness import defaults, main  # here: it reads the data sets' names as it is imported
-    defaults.TRAINING_DEFAULTS[Digits] = {"epochs": 20, "batch_size": 64, "weight_decay": 5e-4, "step_lr": 8}
-    defaults.TRAINING_DEFAULTS[Folder] = defaults.TRAINING_DEFAULTS[robustness_datasets.CIFAR]
+    own = {"digits": {"epochs": 20, "batch_size": 64, "weight_decay": 5e-4, "step_lr": 8}}
+    for name in DATASETS:
+        defaults.TRAINING_DEFAULTS[name] = own.get(name, defaults.TRAINING_DEFAULTS[robustness_datasets.CIFAR])
     return main
 
 
@@ -239,15 +214,20 @@ def parse_arguments(main):
     for group in (defaults.CONFIG_ARGS, defaults.MODEL_LOADER_ARGS, defaults.TRAINING_ARGS, defaults.PGD_ARGS):
         defaults.add_args_to_parser(group, parser)
     parser.add_argument("--manual-seed", type=int, default=23, help="seed of everything drawn (default: 23)")
-    # robustness' own default of 30 loader workers swamps most machines
-    parser.set_defaults(workers=min(16, os.cpu_count()))
+    parser.add_argument(
+        "--precision",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="what the network computes in; auto: float32 on a CPU, bfloat16 on a GPU that has it (default: auto)",
+    )
+    parser.add_argument("--compile", choices=COMPILE, default="auto", help="use torch.compile; auto: on a GPU")
     given = parser.parse_args()
     try:
         args = main.cox.utils.Parameters(vars(given))
         if given.config_path:  # robustness fills in from the file what no flag gives
             args = main.cox.utils.override_json(args, given.config_path)
-        if args.dataset not in ROBUSTNESS_DATASETS:
-            raise UserError(f"--dataset is required: one of {', '.join(ROBUSTNESS_DATASETS)}")
+        if args.dataset not in DATASETS:
+            raise UserError(f"--dataset is required: one of {', '.join(DATASETS)}")
         args.config_path = None
         args = main.setup_args(args)
     except AssertionError as error:  # --eval-only
@@ -289,7 +269,6 @@ def check_arguments(args):
             f"--exp-name {args.exp_name}: {folder} holds a classifier already, finished or not; choose another name, "
             f"delete the folder, or go on with --resume {folder}/checkpoint.pt.latest --resume-optimizer 1"
         )
-    DATASETS[args.dataset].load(args.data, "test")
 
 
 def check_expressions(args):
@@ -326,22 +305,50 @@ def report(store, key):
         print(f"No epoch was better than the checkpoint resumed from: {path} was not written")
 
 
+def speed_up(network, args, device):
+    """Let a network of AttackerModel compute in the precision, compiled where so asked for; it stays the same else."""
+    precision, why = utils.pick_precision(args.precision, device)
+    if precision == "float16":
+        precision, why = "float32", "robustness does not scale the loss, as float16 needs it"
+    compiled = utils.pick_compile(args.compile, device) == "always"
+    print(f"in {precision} ({why})" + ", compiled" * compiled)
+    network.to(memory_format=torch.channels_last)
+    if compiled:
+        network.forward = Compiled(network.forward)
+    if precision != "float32":
+        network.forward = in_half(network.forward, device, PRECISIONS[precision])
+    torch.backends.cudnn.benchmark = True
+
+
+def in_half(function, device, dtype):
+    """A function of images whose layers compute in dtype, and that returns float32."""
+
+    def run(images, *args, **kwargs):
+        with torch.autocast(device.type, dtype):
+            outputs = function(images, *args, **kwargs)
+        return tree_map(torch.Tensor.float, outputs)
+
+    return run
+
+
 def train():
     """Train or evaluate a base classifier as the flags say; its folder is --out-dir/--exp-name."""
     main = robustness_main()
     args = parse_arguments(main)
     device, reason = utils.pick_device()
     torch.manual_seed(args.manual_seed)
-    dataset = ROBUSTNESS_DATASETS[args.dataset](args.data)
-    which = args.arch, args.dataset, dataset.num_classes
+    train_split, test_split = (DATASETS[args.dataset].load(args.data, split) for split in SPLITS)
+    which = args.arch, args.dataset, len(train_split.classes)
     model = load_base(args.resume, *which) if args.resume else attacker_model(*which)
     checkpoint = read_checkpoint(args.resume) if args.resume and args.resume_optimizer else None
     if checkpoint and "optimizer" not in checkpoint:
         raise UserError(f"{args.resume}: holds no optimizer; leave --resume-optimizer out")
-    loaders = dataset.make_loaders(args.workers, args.batch_size, data_aug=bool(args.data_aug))
-    utils.check_size(model.model, loaders[1].dataset[0][0][None], f"--arch {args.arch}")
-    if device.type == "cuda":
-        loaders = [main.helpers.DataPrefetcher(loader) for loader in loaders]
+    utils.check_size(model.model, to_float(test_split.images[:1]), f"--arch {args.arch}")
+    augment = AUGMENTATION[args.dataset] if args.data_aug else to_float
+    loaders = (
+        Batches(train_split, device, args.batch_size, augment, shuffle=True),
+        Batches(test_split, device, args.batch_size),
+    )
     utils.make_folder(args.out_dir)
     store = make_store(main, args)
     print(f"{args.arch} on {args.dataset}, on {device} ({reason}), in {store.path}")
@@ -352,7 +359,9 @@ def train():
             kind = "adv" if args.adv_eval else "nat"
             print(f"accuracy {result[f'{kind}_prec1']:.2f} % on the test set, loss {result[f'{kind}_loss']:.4f}")
         else:
-            main.train_model(args, model.to(device), loaders, store=store, checkpoint=checkpoint)
+            speed_up(model.model, args, device)
+            gpus = [device.index] if device.type == "cuda" else None  # one: a copy of what was sped up is not whole
+            main.train_model(args, model.to(device), loaders, store=store, checkpoint=checkpoint, dp_device_ids=gpus)
             report(store, "adv_prec1" if args.adv_train else "nat_prec1")
     store.close()
 

@@ -4,6 +4,8 @@ import sys
 # The tests compare bit for bit, which a GPU does not promise: they run on the CPU everywhere.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -46,6 +48,24 @@ def user_error(command, capsys):
         return lines[0]
 
     return run
+
+
+@pytest.fixture
+def compiles(monkeypatch):
+    """Lets torch.compile run what it would compile; returns a list that grows by one whenever it does."""
+    runs = []
+
+    def backend(graph_module, example_inputs):
+        def run(*args):
+            runs.append(None)
+            return graph_module(*args)
+
+        return run
+
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", partial(compile, backend=backend))
+    torch.compiler.reset()
+    return runs
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from attack import attack, gradient_of, project
-from models.base import ROBUSTNESS_DATASETS, AttackerModel, DummyModel, Surrogate, attacker_model, cuda_optional
+from models.base import AttackerModel, DummyModel, Surrogate, attacker_model, cuda_optional, robustness_datasets
 from tests.conftest import small_classifier
 from utils import PRECISIONS, pick_precision
 
@@ -34,7 +34,7 @@ class Recorder(nn.Module):
 def test_equals_robustness(seed, eps, step_size, steps, targeted):
     """In float64: in float32 rounding can send an image past a kink, and the two ways part by up to 1e-4."""
     torch.manual_seed(seed)
-    reference = AttackerModel(DummyModel(small_classifier()), ROBUSTNESS_DATASETS["cifar"](".")).eval().double()
+    reference = AttackerModel(DummyModel(small_classifier()), robustness_datasets.CIFAR(".")).eval().double()
     classifier = nn.Sequential(reference.normalizer, reference.model)
     images, targets = saturated_images(11).double(), torch.randint(10, (11,))
     with cuda_optional():

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from conftest import MINIMAL, config_of
+from torchvision.transforms.v2 import functional
 
 import augmentation
 
@@ -22,6 +23,36 @@ def test_random_flip():
     mirrored = (flipped == images.flip(-1)).all(dim=(1, 2, 3))
     assert torch.equal(flipped, torch.where(mirrored[:, None, None, None], images.flip(-1), images))
     assert 60 < mirrored.sum() < 140
+
+
+def test_random_rotation():
+    """As torchvision turns each image, but for pixels halfway between two."""
+    images = torch.rand(8, 3, 16, 12)
+    torch.manual_seed(1)
+    rotated = augmentation.random_rotation(images, degrees=20)
+    torch.manual_seed(1)
+    angles = torch.empty(8).uniform_(-20, 20).tolist()
+    expected = torch.stack([functional.rotate(image, angle) for image, angle in zip(images, angles)])
+    assert (rotated == expected).float().mean() > 0.99
+    assert torch.equal(augmentation.random_rotation(images, degrees=0), images)
+
+
+def test_color_jitter():
+    """As torchvision changes each image, given the same factors in the same order."""
+    images = torch.rand(6, 3, 5, 4)
+    adjust = [functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation]
+    orders = set()
+    for seed in range(10):
+        torch.manual_seed(seed)
+        changed = augmentation.color_jitter(images, strength=0.5)
+        torch.manual_seed(seed)
+        order, expected = torch.randperm(3).tolist(), list(images)
+        for kind in order:
+            factors = torch.empty(6).uniform_(0.5, 1.5).tolist()
+            expected = [adjust[kind](image, factor) for image, factor in zip(expected, factors)]
+        torch.testing.assert_close(changed, torch.stack(expected))
+        orders.add(tuple(order))
+    assert len(orders) > 3
 
 
 def test_cutout():

@@ -1,12 +1,15 @@
 """Base classifiers: what can be loaded, and what is refused."""
 
+from argparse import Namespace
+
 import dill
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from models.base import attacker_model, load_base, load_classifier, read_checkpoint
+from data import Split, to_float
+from models.base import Batches, attacker_model, load_base, load_classifier, read_checkpoint, speed_up
 from tests.conftest import Malicious
 from utils import UserError
 
@@ -91,3 +94,35 @@ def test_nothing_in_a_checkpoint_runs(tmp_path):
     torch.save({"model": {}, "epoch": Malicious()}, tmp_path / "checkpoint", pickle_module=dill)
     with pytest.raises(UserError, match="not a checkpoint of robustness"):
         load_base(tmp_path / "checkpoint", "preresnet8", "cifar")
+
+
+def test_batches_are_a_pass_over_the_split():
+    images = torch.arange(7, dtype=torch.uint8)[:, None, None, None].expand(7, 3, 2, 2)
+    split, cpu = Split(images, torch.arange(7), None, None), torch.device("cpu")
+    orders = []
+    for shuffle in (False, True, True):
+        batches = Batches(split, cpu, batch_size=3, transform=lambda images: to_float(images) / 2, shuffle=shuffle)
+        inputs, labels = (torch.cat(parts) for parts in zip(*batches))
+        assert len(batches) == 3
+        torch.testing.assert_close(inputs[:, 0, 0, 0], labels / 255 / 2)
+        assert labels.sort().values.tolist() == list(range(7))
+        orders.append(labels.tolist())
+    assert orders[0] == list(range(7)) and orders[0] != orders[1] != orders[2]
+
+
+def test_what_makes_it_fast_leaves_a_network_the_same(compiles):
+    """For robustness: the names in its checkpoints, the features beside the logits, and what it computes, nearly."""
+    plain, fast = attacker_model("resnet18", "cifar"), attacker_model("resnet18", "cifar")
+    fast.load_state_dict(plain.state_dict())
+    seen = []
+    fast.model.conv1.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    speed_up(fast.model, Namespace(precision="bfloat16", compile="always"), torch.device("cpu"))
+    assert fast.state_dict().keys() == plain.state_dict().keys()
+    images = torch.rand(2, 3, 32, 32)
+    ((expected, features), _), ((logits, same_features), _) = (
+        model.eval()(images, with_latent=True) for model in (plain, fast)
+    )
+    assert len(compiles) == 1 and seen == [torch.bfloat16]
+    assert logits.dtype == same_features.dtype == torch.float32
+    torch.testing.assert_close(logits, expected, atol=0.05, rtol=0)
+    torch.testing.assert_close(same_features, features, atol=0.1, rtol=0)

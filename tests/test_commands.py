@@ -1,6 +1,7 @@
 """The three commands of the README on the digits, in short, and what they say to a user's mistakes."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -219,13 +220,14 @@ def test_mistakes_in_the_base_classifier(place, user_error, tmp_path):
     assert not (place / "new").exists()
 
 
-def test_base_classifier_is_resumed(place, command, capsys):
-    latest = place / "base" / "checkpoint.pt.latest"
+def test_base_classifier_is_resumed(place, tmp_path, command):
+    shutil.copytree(place / "base", tmp_path / "base")
+    latest = tmp_path / "base" / "checkpoint.pt.latest"
     command(base.train, "--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--workers", 0,
-            "--out-dir", place, "--exp-name", "base", "--epochs", 3, "--resume", latest,
+            "--out-dir", tmp_path, "--exp-name", "base", "--epochs", 3, "--resume", latest,
             "--resume-optimizer", 1)  # fmt: skip
     assert torch.load(latest)["epoch"] == 3
-    assert (place / "base" / "store.1.h5").exists()
+    assert (tmp_path / "base" / "store.1.h5").exists()
 
 
 @pytest.mark.parametrize("script", [["lock.py"], ["train.py"], ["-m", "models.base"]])

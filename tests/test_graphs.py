@@ -1,7 +1,6 @@
 """torch.compile and CUDA graphs: they do what the plain code does, and where they fail, it does it instead."""
 
 from contextlib import nullcontext
-from functools import partial
 
 import pytest
 import torch
@@ -144,24 +143,6 @@ def test_what_cannot_be_captured_runs_as_it_is(no_gpu):
         "no CUDA graph was recorded (_local_scalar_dense: operation not permitted when stream is capturing): "
         "going on without"
     ]
-
-
-@pytest.fixture
-def compiles(monkeypatch):
-    """Lets torch.compile run what it would compile; returns a list that grows by one whenever it does."""
-    runs = []
-
-    def backend(graph_module, example_inputs):
-        def run(*args):
-            runs.append(None)
-            return graph_module(*args)
-
-        return run
-
-    compile = torch.compile
-    monkeypatch.setattr(graphs.torch, "compile", partial(compile, backend=backend))
-    torch.compiler.reset()
-    return runs
 
 
 def test_one_shape_is_compiled(compiles):
