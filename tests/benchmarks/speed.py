@@ -2,17 +2,21 @@
 
 The original's way is robustness' AttackerModel in float32, attacking once for every attack of every method, and, for
 training, PIL transforms in loader workers, float32, images in torch's default memory format; on a GPU with TF32 in
-convolutions, which is torch's default. Both ways get random images and untrained models, by turns, each in batches of
-the size that suits it, and the best of several rounds counts. On a CPU the work is small.
+convolutions, which is torch's default. Ours is what auto picks. Both ways get random images and untrained models, by
+turns, and the best of several rounds counts; what the first call takes longer, compiling, is told apart. On a CPU the
+work is small.
 """
 
+import io
 import platform
 import time
 from argparse import Namespace
+from contextlib import redirect_stderr
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from cox.utils import Parameters
 from easydict import EasyDict
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,49 +29,65 @@ import train
 import utils
 from attack import attack
 from config import CONFIG
-from data import to_float
+from data import Split, to_float
+from graphs import Compiled
 from lockfiles import METHODS, attacks_of
 from models import MODELS
-from models.base import Surrogate, attacker_model, cuda_optional
+from models.base import Batches, Surrogate, attacker_model, augment_photos, cuda_optional, speed_up
 
 
 class Size(NamedTuple):
-    """How much is timed, and how often: images and steps of an attack, batches of a training, by model their sizes."""
+    """How much is timed, and how often: images and steps of an attack, batches of a training, and their sizes."""
 
     reference_batch: int
     batch: int
     steps: int
     batches: int
     rounds: int
+    base_batch: int
     models: dict
+    workers: tuple  # loader workers of the original's way: of a training, and of the base classifier's
 
 
 SIZES = {
-    "cuda": Size(128, 1000, 20, 100, 3, {"preresnet110": 128, "vgg19": 128, "densenet100bc": 64}),
-    "cpu": Size(16, 16, 1, 2, 2, {"preresnet20": 64, "vgg19": 64, "densenet100bc": 8}),
+    "cuda": Size(128, 1000, 20, 100, 3, 128, {"preresnet110": 128, "vgg19": 128, "densenet100bc": 64}, (4, 16)),
+    "cpu": Size(16, 16, 1, 2, 2, 8, {"preresnet20": 64, "vgg19": 64, "densenet100bc": 8}, (2, 2)),
 }
 
 
 class Work(NamedTuple):
-    """One line of the table: two ways to do the same, each to a number of images.
+    """One line of the table: two ways to do the same, and how often a call does it.
 
-    flops are the floating-point operations that ours needs for one image, as the model's definition has it.
+    cost is what ours needs at least, each time: floating-point operations, and bytes to and from memory.
     """
 
     name: str
     reference: callable
-    reference_images: int
+    reference_count: int
     ours: callable
-    images: int
-    flops: float
+    count: int
+    cost: tuple
 
 
-def forward_flops(model, device):
-    """The floating-point operations of a model for one image of 32x32 pixels; those of its gradients are as many
-    again for the images, and once more for the weights."""
+def cost_of(model, dtype, passes):
+    """Floating-point operations and bytes for one image of 32x32 pixels to go through a model some times, gradients
+    included: one pass is that of the images, one their gradients', and one the weights'.
+
+    Bytes are those of what every convolution and linear layer reads and writes, were all else done on the way.
+    """
+    elements = 0
+
+    def count(module, inputs, output):
+        nonlocal elements
+        elements += inputs[0].numel() + output.numel()
+
+    layers = [module for module in model.modules() if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear))]
+    hooks = [module.register_forward_hook(count) for module in layers]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(torch.rand(1, 3, 32, 32, device=device))
-    return counter.get_total_flops()
+        model.eval()(torch.rand(1, 3, 32, 32, device=next(model.parameters()).device))
+    for hook in hooks:
+        hook.remove()
+    return passes * counter.get_total_flops(), passes * elements * dtype.itemsize
 
 
 def robustness_attack(model, images, targets, steps):
@@ -78,35 +98,90 @@ def robustness_attack(model, images, targets, steps):
 
 
 def attack_works(device, precision, size):
-    """The lines about locking with a ResNet-50: one target map, and all methods."""
+    """The lines about locking with a ResNet-50: one target map, and all methods; each counts images times steps."""
+    dtype, compiles = utils.PRECISIONS[precision], utils.pick_compile("auto", device) == "always"
     model = attacker_model("resnet50", "cifar").to(device).eval()
     classifier = torch.nn.Sequential(model.normalizer, model.model).requires_grad_(False)
-    surrogate = Surrogate(classifier, utils.PRECISIONS[precision])
+    surrogate = Surrogate(classifier, dtype)
+    if compiles:
+        surrogate.model.forward = Compiled(surrogate.model.forward)
     images = torch.randint(256, (size.batch, 3, 32, 32), dtype=torch.uint8, device=device)
     labels = torch.arange(size.batch, device=device) % 10
     few, few_labels = to_float(images[: size.reference_batch]), labels[: size.reference_batch]
     args = Namespace(eps=0.5, attack_lr=0.1, attack_steps=size.steps, alpha=0.5, lambd=0.5)
     maps = lock.target_maps(10, 0)
-    count, flops = sum(len(attacks_of([method])) for method in METHODS), forward_flops(classifier, device)
-    steps = f"{size.steps} step" + "s" * (size.steps > 1)
+    passes = 2 + 1 / size.steps  # after the last step the images are looked at once more
     yield Work(
-        f"attack on ResNet-50, {steps}",
+        "a step of the attack on ResNet-50",
         lambda: robustness_attack(model, few, few_labels, size.steps),
-        len(few),
+        len(few) * size.steps,
         lambda: attack(surrogate, to_float(images), labels, 0.5, 0.1, size.steps),
-        len(images),
-        flops * (2 * size.steps + 1),
+        len(images) * size.steps,
+        cost_of(classifier, dtype, passes),
     )
+    attacks = sum(len(attacks_of([method])) for method in METHODS)
     yield Work(
-        f"lock by all four methods, {steps}",
-        lambda: [robustness_attack(model, few, few_labels, size.steps) for _ in range(count)],
-        len(few),
+        "a step of the lock by all four methods",
+        lambda: [robustness_attack(model, few, few_labels, size.steps) for _ in range(attacks)],
+        len(few) * size.steps,
         lambda: lock.lock_batch(
             classifier, surrogate, images, labels, maps, "labels", list(METHODS), args, lambda: None
         ),
-        len(images),
-        flops * (4 * (2 * size.steps + 1) + 1 + 4 + 4),  # four attacks; one look at the originals, and eight at results
+        len(images) * size.steps,
+        cost_of(classifier, dtype, 4 * passes + 10 / size.steps),  # it looks at the originals and the attacks too
     )
+
+
+class Pictures(torch.utils.data.Dataset):
+    """PIL images, transformed one by one, as torchvision's data sets are."""
+
+    def __init__(self, images, labels, transform):
+        self.pictures, self.labels, self.transform = list(map(to_pil_image, images)), labels.tolist(), transform
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, index):
+        return self.transform(self.pictures[index]), self.labels[index]
+
+
+def random_split(count):
+    """As many images, and their labels."""
+    return torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8), torch.arange(count) % 10
+
+
+def base_work(device, precision, size):
+    """The line about training a base classifier, by robustness' own loop both times."""
+    from robustness import data_augmentation  # here: models.base has made it importable
+    from robustness import train as loops
+    from robustness.tools import helpers
+
+    images, labels = random_split(size.batches * size.base_batch)
+    pictures = Pictures(images, labels, data_augmentation.TRAIN_TRANSFORMS_DEFAULT(32))
+    on_gpu = device.type == "cuda"
+    options = {"num_workers": size.workers[1], "pin_memory": on_gpu, "persistent_workers": True}
+    loader = DataLoader(pictures, size.base_batch, shuffle=True, **options)
+    loader = helpers.DataPrefetcher(loader) if on_gpu else loader
+    batches = Batches(Split(images, labels, None, None), device, size.base_batch, augment_photos, shuffle=True)
+    args = Namespace(precision=precision if precision != "float16" else "float32", compile="auto")
+
+    def epoch_of(loader, fast):
+        model = attacker_model("resnet50", "cifar")
+        if fast:
+            speed_up(model.model, args, device)
+        model = model.to(device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+        def epoch():
+            with cuda_optional(), redirect_stderr(io.StringIO()):
+                loops._model_loop(Parameters({}), "train", loader, model, optimizer, 0, False, None)
+
+        return epoch
+
+    dtype = utils.PRECISIONS[args.precision]
+    cost = cost_of(attacker_model("resnet50", "cifar").model, dtype, 3)
+    name = f"train the base classifier, ResNet-50, batch {size.base_batch}"
+    return Work(name, epoch_of(loader, False), len(images), epoch_of(batches, True), len(images), cost)
 
 
 def train_reference(model, optimizer, loader, device):
@@ -119,23 +194,19 @@ def train_reference(model, optimizer, loader, device):
         optimizer.step()
 
 
-def training_work(name, batch_size, device, precision, batches):
+def training_work(name, batch_size, device, precision, size):
     """The line about training a model."""
-    config = EasyDict(CONFIG | {"architecture": name, "precision": precision, "batch_size": batch_size})
+    compiles = utils.pick_compile("auto", device)
+    keys = {"architecture": name, "precision": precision, "compile": compiles, "batch_size": batch_size}
+    config = EasyDict(CONFIG | keys)
     learner = train.make_learner(config, device)
-    images = torch.randint(256, (batches * batch_size, 3, 32, 32), dtype=torch.uint8)
-    labels = torch.arange(len(images)) % 10
+    step = train.make_step(learner, config)
+    images, labels = random_split(size.batches * batch_size)
     augmentation = transforms.Compose(
         [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
     )
-    pictures = [to_pil_image(image) for image in images]
-
-    def collate(indices):
-        return torch.stack([augmentation(pictures[index]) for index in indices]), labels[indices]
-
-    workers = 4 if device.type == "cuda" else 2
-    loader = DataLoader(range(len(images)), batch_size, shuffle=True, num_workers=workers, collate_fn=collate,
-                        persistent_workers=True)  # fmt: skip
+    pictures = Pictures(images, labels, augmentation)
+    loader = DataLoader(pictures, batch_size, shuffle=True, num_workers=size.workers[0], persistent_workers=True)
     reference = MODELS[name](num_classes=10).to(device)
     optimizer = torch.optim.SGD(reference.parameters(), lr=0.1, **CONFIG["optimize"])
     on_device = images.to(device), labels.to(device)
@@ -143,9 +214,9 @@ def training_work(name, batch_size, device, precision, batches):
         f"train {name}, batch {batch_size}",
         lambda: train_reference(reference, optimizer, loader, device),
         len(images),
-        lambda: train.train_epoch(learner, *on_device, config),
+        lambda: train.train_epoch(step, *on_device, config),
         len(images),
-        3 * forward_flops(reference, device),
+        cost_of(reference, utils.PRECISIONS[precision], 3),
     )
 
 
@@ -161,17 +232,17 @@ def seconds(function, device):
 
 
 def measure(work, device, rounds):
-    """The best times an image in seconds, of the reference and of ours."""
+    """Seconds: the best of the reference and of ours, each for one time, and what our first call took longer."""
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
         work.reference()  # to warm up
-    work.ours()
+    first = seconds(work.ours, device)
     pairs = []
     for _ in range(rounds):
         with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
             reference = seconds(work.reference, device)
         pairs.append((reference, seconds(work.ours, device)))
     reference, ours = (min(times) for times in zip(*pairs))
-    return reference / work.reference_images, ours / work.images
+    return reference / work.reference_count, ours / work.count, first - ours
 
 
 def ceilings(device, precision):
@@ -190,17 +261,19 @@ def main():
     size = SIZES[device.type]
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
-    rate, bandwidth = ceilings(device, precision)
-    works = [*attack_works(device, precision, size)]
-    works += [training_work(name, batch, device, precision, size.batches) for name, batch in size.models.items()]
+    rates = ceilings(device, precision)
     print(f"{device} ({reason}), {precision} ({why}), torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"product of matrices: {rate / 1e12:.2f} TFLOP/s, copy: {bandwidth / 1e9:.0f} GB/s\n")
-    print("| work, for one image | the original's way, ms | ours, ms | ratio | share of the product's rate |")
-    print("|---|---|---|---|---|")
+    print(f"product of matrices: {rates[0] / 1e12:.2f} TFLOP/s, copy: {rates[1] / 1e9:.0f} GB/s")
+    works = [*attack_works(device, precision, size), base_work(device, precision, size)]
+    works += [training_work(name, batch, device, precision, size) for name, batch in size.models.items()]
+    columns = "work, for one image", "the original's way, us", "ours, us", "ratio", "of the product's rate"
+    columns += "of the copy's", "first call, s"
+    print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for work in tqdm(works, leave=False, disable=None):
-        reference, ours = measure(work, device, size.rounds)
-        ratio, share = f"{reference / ours:.1f}x", f"{work.flops / ours / rate:.0%}"
-        print(f"| {work.name} | {1e3 * reference:.3f} | {1e3 * ours:.3f} | {ratio} | {share} |", flush=True)
+        reference, ours, first = measure(work, device, size.rounds)
+        shares = " | ".join(f"{cost / ours / rate:.0%}" for cost, rate in zip(work.cost, rates))
+        times = f"{1e6 * reference:.1f} | {1e6 * ours:.1f} | {reference / ours:.1f}x"
+        print(f"| {work.name} | {times} | {shares} | {first:.1f} |", flush=True)
 
 
 if __name__ == "__main__":
