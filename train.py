@@ -14,9 +14,11 @@ import itertools
 import json
 import math
 import os
+import shlex
 import shutil
+import sys
 import time
-from datetime import datetime
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -370,6 +372,24 @@ def summary(config, suffix, name, history):
     }
 
 
+def note_start(path, epochs, device):
+    """Add to the list in a JSON file how and on what a run trains some epochs, a range; returns the list.
+
+    What an earlier start trained of these epochs was not kept, and is taken out.
+    """
+    starts = json.loads(path.read_text()) if path.exists() else []
+    starts = [start for start in starts if start["from_epoch"] < epochs.start]
+    if epochs:
+        start = {
+            "from_epoch": epochs.start,
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        }
+        starts.append({**start, **utils.environment(device), "commit": utils.commit()})
+        write_file(path, json.dumps(starts, indent=1).encode())
+    return starts
+
+
 def log_to(path):
     """A function that prints a line, and appends it to the file with the time."""
 
@@ -475,8 +495,9 @@ def run(args, config, data, manifest, folder, suffix):
     picture = show_pictures(data, folder, writers["run"])
     data = {name: (images.to(device), labels.to(device)) for name, (images, labels) in data.items()}
 
-    step = make_step(learner, config, log)
-    for epoch in range(done + 1, config.epochs + 1):
+    epochs, step = range(done + 1, config.epochs + 1), make_step(learner, config, log)
+    made_with = note_start(folder / "made_with.json", epochs, device)
+    for epoch in epochs:
         record = run_epoch(learner, step, data, epoch, config, writers, log)
         is_best = record and record["locked_acc"] > max((earlier["locked_acc"] for earlier in history), default=-1)
         history += [record] if record else []
@@ -491,7 +512,6 @@ def run(args, config, data, manifest, folder, suffix):
     for writer in writers.values():
         writer.close()
 
-    made_with = {**utils.environment(device), "commit": utils.commit()}
     content = {**result, "config": config, "made_with": made_with, "history": history, "lock": manifest}
     write_file(folder / "result.json", json.dumps(content, indent=1).encode())
     log(f"pictures (originals, locked, ten times the difference): {picture}")

@@ -87,7 +87,12 @@ def test_train_and_resume(place, command, monkeypatch, capsys):
     assert best["epoch"] == result["best_epoch"] == max(history, key=lambda record: record["locked_acc"])["epoch"]
     for name in ("state.pth.tar", "state_best.pth.tar"):
         assert (whole / name).read_bytes() == (resumed / name).read_bytes()
-    assert json.loads((resumed / "result.json").read_text()) == result
+    result_of_resumed = json.loads((resumed / "result.json").read_text())
+    starts = result_of_resumed.pop("made_with")
+    assert [start["from_epoch"] for start in starts] == [1, 3]  # the third epoch was not kept
+    assert "--resume" in starts[1]["command"] and "--resume" not in starts[0]["command"]
+    assert [start["from_epoch"] for start in result.pop("made_with")] == [1]
+    assert result_of_resumed == result
     for folder in (whole, resumed):
         for name in ("locked", "original"):
             events = EventAccumulator(str(folder / name)).Reload().Scalars("accuracy/test")

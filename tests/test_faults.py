@@ -122,9 +122,12 @@ def test_a_training_that_is_killed_and_started_again_ends_as_one_that_was_not(pl
 
     kill_at_random_moments(train.main, arguments_in, folders)
     for folder in folders[1:]:
-        for name in ("result.json", "ckpt.pth.tar", "ckpt_best.pth.tar"):
-            undisturbed, disturbed = (one / "basic" / "seed0" / name for one in (folders[0], folder))
-            assert disturbed.read_bytes() == undisturbed.read_bytes()
+        undisturbed, disturbed = (one / "basic" / "seed0" for one in (folders[0], folder))
+        for name in ("ckpt.pth.tar", "ckpt_best.pth.tar"):
+            assert (disturbed / name).read_bytes() == (undisturbed / name).read_bytes()
+        results = [json.loads((one / "result.json").read_text()) for one in (undisturbed, disturbed)]
+        assert all(result.pop("made_with") for result in results)  # it tells when
+        assert results[0] == results[1]
 
 
 def test_a_full_disk_costs_no_shard_and_no_older_lock(place, tmp_path):

@@ -68,9 +68,10 @@ def test_the_result_of_a_training_holds_the_manifest(place, command):
     command(train.main, "--work-path", place / "preresnet8", "--epochs", 1, "--seed", 30)
     result = json.loads((place / "preresnet8" / "basic" / "seed30" / "result.json").read_text())
     assert result["lock"] == manifest_of(place)
-    made_with = result["made_with"]
-    assert (made_with["torch"], made_with["threads"]) == (torch.__version__, torch.get_num_threads())
-    assert made_with["commit"] is None or re.fullmatch("[0-9a-f]{40}(-dirty)?", made_with["commit"])
+    (start,) = result["made_with"]
+    assert (start["torch"], start["threads"]) == (torch.__version__, torch.get_num_threads())
+    assert start["commit"] is None or re.fullmatch("[0-9a-f]{40}(-dirty)?", start["commit"])
+    assert start["command"] == f"command --work-path {place}/preresnet8 --epochs 1 --seed 30"
 
 
 def test_locked_files_without_a_manifest_are_taken_and_the_log_says_so(place, locked, command, capsys):
