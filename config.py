@@ -113,7 +113,7 @@ CONFIG_HELP = {
 # A run may be resumed with other values of these keys: the data are compared themselves, not by their paths. So may
 # epochs, where the schedule is STEP. Any other key would make it a different run.
 FREE_ON_RESUME = {
-    *("eval_freq", "test_batch", "use_gpu", "workers"),
+    *("eval_freq", "test_batch", "use_gpu", "compile", "workers"),
     *(key for key in CONFIG if key.startswith(("locked_", "orig_data", "ckpt_"))),
 }
 ALIASES = {"data_path": "orig_data_path"}  # CIFAR-ZOO's name: ours

@@ -1,53 +1,54 @@
-"""Models and training steps as graphs, so that a GPU need not wait for Python: torch.compile, and CUDA graphs.
-
-Where one of them fails, it says so in a line, and the work goes on without it.
-"""
+"""Models and training steps as graphs, so that a GPU need not wait for Python: torch.compile, and CUDA graphs."""
 
 import torch
+from torch._functorch import config as functorch_config
 
-from utils import first_line
+from utils import UserError, first_line
+
+if hasattr(functorch_config, "force_non_lazy_backward_lowering"):
+    # the gradient is compiled together with the function, so that what fails there fails where it is caught
+    functorch_config.force_non_lazy_backward_lowering = True
 
 
 class Compiled:
-    """A function by torch.compile, where a gradient is taken, for inputs of the shape that it is first given so.
+    """A function of images [N, C, H, W] by torch.compile, for batches of one size that a gradient is taken of.
 
-    Inputs of another shape, such as the last batch of a data set, and those that no gradient is taken of go through
-    the function itself: compiling once more would take longer than that. Given to a module in place of its forward, it
-    leaves all else about the module as it is.
+    Batches of another size, such as the last one of a data set, and those that no gradient is taken of go through the
+    function itself: compiling once more would take longer than that. So does everything where torch.compile fails,
+    which it says. Given to a module in place of its forward, it leaves all else about the module as it is.
     """
 
-    def __init__(self, function, say=print):
-        self.function, self.say = function, say
-        self.compiled, self.shape = torch.compile(function, dynamic=False), None
+    def __init__(self, function, batch_size, say=print):
+        self.function, self.batch_size, self.say = function, batch_size, say
+        self.compiled = torch.compile(function, dynamic=False)
 
-    def __call__(self, inputs, *args, **kwargs):
-        if self.compiled and torch.is_grad_enabled():
-            self.shape = self.shape or inputs.shape
-            if inputs.shape == self.shape:
-                try:
-                    return self.compiled(inputs, *args, **kwargs)
-                except torch.cuda.OutOfMemoryError:
-                    raise
-                except Exception as error:  # no C++ compiler, or one of many other reasons: none stops the work
-                    self.say(f"torch.compile failed ({first_line(error)}): going on without")
-                    self.compiled = None
-        return self.function(inputs, *args, **kwargs)
+    def __call__(self, images, *args, **kwargs):
+        if self.compiled and torch.is_grad_enabled() and len(images) == self.batch_size:
+            try:
+                return self.compiled(images, *args, **kwargs)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except Exception as error:  # no C++ compiler, or one of many other reasons: none stops the work
+                reason = first_line(getattr(error, "inner_exception", error))
+                self.say(f"torch.compile failed ({reason}): going on without")
+                self.compiled = None
+        return self.function(images, *args, **kwargs)
 
 
 class Captured:
-    """A function of tensors on a GPU, whose kernels are recorded in a CUDA graph, and launched all at once.
+    """A function of tensors on a GPU, whose kernels are recorded in a CUDA graph, and then launched all at once.
 
-    The first three calls run as they are: kernels are chosen and compiled in them. What the fourth does is recorded,
-    and every later one replays it with its own tensors, unless they differ in shape or type from the first one's: it
-    then runs as it is too. The function may change tensors in place, but must not read their values in Python, of
-    which a recording knows nothing. What a call returns is overwritten by the next.
+    The first three calls run on the stream that is recorded later: kernels are chosen and compiled in them. The fourth
+    records, and it and every later one replay, each with its own tensors. Calls with tensors of other shapes or types
+    than the first one's run as they are, and do not count. The function may change tensors in place, but must not read
+    their values in Python, of which a recording knows nothing. What a call returns is overwritten by the next.
     """
 
     WARM_UP = 3
 
-    def __init__(self, function, say=print):
-        self.function, self.say = function, say
-        self.stream = torch.cuda.Stream()  # a graph cannot be recorded on the default one
+    def __init__(self, function):
+        self.function = function
+        self.stream = torch.cuda.Stream()  # nothing can be recorded on the default one
         self.signature, self.calls, self.graph = None, 0, None
 
     def __call__(self, *inputs):
@@ -58,17 +59,15 @@ class Captured:
         self.calls += 1
         if self.calls <= self.WARM_UP:
             return self.warm_up(inputs)
-        if self.calls == self.WARM_UP + 1:
-            self.record(inputs)
         if not self.graph:
-            return self.function(*inputs)
+            self.record(inputs)
         for mine, given in zip(self.inputs, inputs):
             mine.copy_(given)
         self.graph.replay()
         return self.outputs
 
     def warm_up(self, inputs):
-        """Run the function on the stream that it is recorded on: autograd keeps to that stream."""
+        """Run the function on the stream that it is recorded on; so do the kernels of its gradients."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             outputs = self.function(*inputs)
@@ -76,15 +75,13 @@ class Captured:
         return outputs
 
     def record(self, inputs):
-        """Record what the function does, which then does nothing yet."""
+        """Record what the function does, which it does not do meanwhile; raises UserError where that cannot be."""
         self.inputs = [tensor.clone() for tensor in inputs]
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self.stream):
                 self.outputs = self.function(*self.inputs)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            self.say(f"no CUDA graph was recorded ({first_line(error)}): going on without")
-        else:
-            self.graph = graph
+        except RuntimeError as error:  # that of the end of a recording hides the one that ended it
+            reason = first_line(error.__context__ or error)
+            raise UserError(f"a CUDA graph could not be recorded ({reason}); set compile to never") from error
+        self.graph = graph

@@ -218,7 +218,8 @@ def lock_dataset(args):
     utils.check_size(classifier, to_float(splits["train"].images[:1]).to(device), f"--arch {args.arch}")
     surrogate = Surrogate(classifier, PRECISIONS[args.precision])
     if args.compile == "always":
-        surrogate.model.forward = Compiled(surrogate.model.forward, ranks.say)
+        batch_size = min(args.batch_size, len(splits["train"].labels))
+        surrogate.model.forward = Compiled(surrogate.model.forward, batch_size, ranks.say)
     maps, base = target_maps(len(classes), args.manual_seed), sha256(Path(args.resume_path).read_bytes())
     suffixes = {method: lockfiles.lock_suffix(method, args.alpha, args.lambd) for method in args.lock_method}
     places = {method: Paths(args.lock_data, suffix) for method, suffix in suffixes.items()}

@@ -72,6 +72,9 @@ def make_learner(config, device):
     model = model.to(device, memory_format=torch.channels_last)
     lr = torch.tensor(config.lr_scheduler.base_lr, device=device)  # a tensor: a step in a CUDA graph reads it anew
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, fused=True, **config.optimize)
+    if config.optimize.momentum:  # fused, SGD begins with what is in memory, where float16 has it skip the first step
+        for parameter in model.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return Learner(model, optimizer, torch.amp.GradScaler(device.type, enabled=config.precision == "float16"))
 
 
@@ -109,8 +112,8 @@ def make_step(learner, config, say=print):
     step, model = partial(train_step, learner, config), learner.model
     if config.compile != "always":
         return step
-    model.forward = Compiled(model.forward, say)
-    return Captured(step, say) if next(model.parameters()).is_cuda else step
+    model.forward = Compiled(model.forward, config.batch_size, say)
+    return Captured(step) if next(model.parameters()).is_cuda else step
 
 
 def train_epoch(step, images, labels, config):
@@ -279,7 +282,7 @@ def restore(state, learner, config, data_hash):
     """Bring back what save_checkpoint wrote; raises UserError where it is of another run."""
     free = FREE_ON_RESUME | ({"epochs"} if config.lr_scheduler.type == "STEP" else set())
     # what an older version did, which had no such keys
-    before = {**flatten(CONFIG), "precision": "float32", "compile": "never", **json.loads(state["config"])}
+    before = {**flatten(CONFIG), "precision": "float32", **json.loads(state["config"])}
     for key, now in flatten(config).items():
         if key not in free and before[key] != now:
             raise UserError(f"--resume: the run was trained with {key} {before[key]}, but it is {now} now; set it back")

@@ -25,12 +25,18 @@ class UserError(Exception):
     """A mistake of the user's. The message is one line: the file, key or flag, and what to do about it."""
 
 
+def command_name():
+    """The name of the script that runs, or of the package, where it is run as one."""
+    script = Path(sys.argv[0])
+    return script.parent.name if script.name == "__main__.py" else script.name
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser of a script's docstring, whose errors are UserErrors, and that takes no abbreviated flags."""
 
     def __init__(self, description):
         formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+        super().__init__(prog=command_name(), description=description, formatter_class=formatter, allow_abbrev=False)
 
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
@@ -59,9 +65,7 @@ def run_command(main, if_interrupted="nothing more was written"):
         sys.exit(130)
     except (UserError, OSError, torch.cuda.OutOfMemoryError) as error:
         message = "the GPU's memory is full; take smaller batches" if isinstance(error, RuntimeError) else error
-        script = Path(sys.argv[0])
-        name = script.parent.name if script.name == "__main__.py" else script.name
-        print(f"{name}: error: {printable(message)}", file=sys.stderr)
+        print(f"{command_name()}: error: {printable(message)}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -220,7 +220,12 @@ def parse_arguments(main):
         default="auto",
         help="what the network computes in; auto: float32 on a CPU, bfloat16 on a GPU that has it (default: auto)",
     )
-    parser.add_argument("--compile", choices=COMPILE, default="auto", help="use torch.compile; auto: on a GPU")
+    parser.add_argument(
+        "--compile",
+        choices=COMPILE,
+        default="auto",
+        help="use torch.compile, but not with adversarial examples; auto: on a GPU (default: auto)",
+    )
     given = parser.parse_args()
     try:
         args = main.cox.utils.Parameters(vars(given))
@@ -310,11 +315,12 @@ def speed_up(network, args, device):
     precision, why = utils.pick_precision(args.precision, device)
     if precision == "float16":
         precision, why = "float32", "robustness does not scale the loss, as float16 needs it"
-    compiled = utils.pick_compile(args.compile, device) == "always"
+    # compiled, every step of robustness' attack would take the weights' gradients too
+    compiled = utils.pick_compile(args.compile, device) == "always" and not (args.adv_train or args.adv_eval)
     print(f"in {precision} ({why})" + ", compiled" * compiled)
     network.to(memory_format=torch.channels_last)
     if compiled:
-        network.forward = Compiled(network.forward)
+        network.forward = Compiled(network.forward, args.batch_size)
     if precision != "float32":
         network.forward = in_half(network.forward, device, PRECISIONS[precision])
     torch.backends.cudnn.benchmark = True
@@ -354,13 +360,15 @@ def train():
     print(f"{args.arch} on {args.dataset}, on {device} ({reason}), in {store.path}")
     with cuda_optional():
         if args.eval_only:
+            utils.pick_precision("float32", device)
             args.adv_eval = args.adv_eval or 0
             result = main.eval_model(args, model.to(device), loaders[1], store=store)
             kind = "adv" if args.adv_eval else "nat"
             print(f"accuracy {result[f'{kind}_prec1']:.2f} % on the test set, loss {result[f'{kind}_loss']:.4f}")
         else:
             speed_up(model.model, args, device)
-            gpus = [device.index] if device.type == "cuda" else None  # one: a copy of what was sped up is not whole
+            # one GPU: the copies for others would call the forward that is bound to the first one's weights
+            gpus = [device.index] if device.type == "cuda" else None
             main.train_model(args, model.to(device), loaders, store=store, checkpoint=checkpoint, dp_device_ids=gpus)
             report(store, "adv_prec1" if args.adv_train else "nat_prec1")
     store.close()

@@ -116,7 +116,8 @@ def test_what_makes_it_fast_leaves_a_network_the_same(compiles):
     fast.load_state_dict(plain.state_dict())
     seen = []
     fast.model.conv1.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    speed_up(fast.model, Namespace(precision="bfloat16", compile="always"), torch.device("cpu"))
+    args = Namespace(precision="bfloat16", compile="always", batch_size=2, adv_train=0, adv_eval=0)
+    speed_up(fast.model, args, torch.device("cpu"))
     assert fast.state_dict().keys() == plain.state_dict().keys()
     images = torch.rand(2, 3, 32, 32)
     ((expected, features), _), ((logits, same_features), _) = (

@@ -1,11 +1,14 @@
 """torch.compile and CUDA graphs: they do what the plain code does, and where they fail, it does it instead."""
 
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from conftest import MINIMAL, config_of, lock_flags
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -15,6 +18,7 @@ import lockfiles
 import train
 from graphs import Captured, Compiled
 from lockfiles import Paths, load_whole
+from utils import UserError
 
 
 def tensors(tree):
@@ -33,17 +37,17 @@ class Tape(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.calls, self.before, self.made = [], [], []
+        self.calls, self.before, self.made, self.known = [], [], [], set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = function._schema.name.partition("::")[2]
         if name in self.REFUSED:
             raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
-        known = {id(tensor) for tensor in self.made}
-        self.before += [(tensor, tensor.clone()) for tensor in tensors((args, kwargs)) if id(tensor) not in known]
+        self.before += [(tensor, tensor.clone()) for tensor in tensors((args, kwargs)) if id(tensor) not in self.known]
         results = function(*args, **kwargs)
-        self.made += tensors(results)
+        self.made += tensors(results)  # kept, so that no other tensor gets the same id
+        self.known.update(map(id, tensors(results)))
         self.calls.append((function, args, kwargs, results))
         return results
 
@@ -117,40 +121,31 @@ def test_a_captured_training_is_the_plain_one(no_gpu, tmp_path, keys):
     """Weights, running statistics, momentum, losses and accuracies, bit for bit, over changing learning rates and
     batches of two sizes."""
     config = config_of(tmp_path, MINIMAL, architecture="preresnet8", batch_size="8", **{"precision": "float32"} | keys)
-    said = []
     expected, expected_results = train_twice(config)
     steps = []
-    state, results = train_twice(config, lambda step: steps.append(Captured(step, said.append)) or steps[0])
-    assert not said and steps[0].graph.calls
+    state, results = train_twice(config, lambda step: steps.append(Captured(step)) or steps[0])
+    assert steps[0].graph.calls
     assert results == expected_results
     assert state.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(torch.as_tensor(state[name]), torch.as_tensor(value)), name
 
 
-def test_what_cannot_be_captured_runs_as_it_is(no_gpu):
-    """As a function does that reads a value in Python."""
-    total, said = torch.zeros(()), []
-
-    def add(values):
-        total.add_(values.sum().item())
-        return (total.clone(),)
-
-    captured = Captured(add, said.append)
-    for count in range(1, 8):
-        assert captured(torch.ones(3))[0] == 3 * count
-    assert said == [
-        "no CUDA graph was recorded (_local_scalar_dense: operation not permitted when stream is capturing): "
-        "going on without"
-    ]
+def test_what_cannot_be_captured(no_gpu):
+    """As a function that reads a value in Python."""
+    captured = Captured(lambda values: (values.sum().item(),))
+    for _ in range(3):
+        assert captured(torch.ones(3)) == (3,)
+    with pytest.raises(UserError, match="not be recorded .*_local_scalar_dense.* set compile to never"):
+        captured(torch.ones(3))
 
 
-def test_one_shape_is_compiled(compiles):
+def test_one_size_is_compiled(compiles):
     model = nn.Conv2d(3, 2, 3)
-    compiled = Compiled(model.forward)
+    compiled = Compiled(model.forward, batch_size=4)
     with torch.no_grad():
-        compiled(torch.rand(2, 3, 8, 8))
-    for n in (4, 4, 1, 4):
+        compiled(torch.rand(4, 3, 8, 8))
+    for n in (1, 4, 4, 1, 4):
         images = torch.rand(n, 3, 8, 8)
         assert torch.equal(compiled(images), model(images))
     assert len(compiles) == 3
@@ -179,17 +174,23 @@ def test_a_compiled_lock_is_the_plain_one(compiles, command, place, tmp_path):
         assert all(map(torch.equal, *images))
 
 
-def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):
-    def fail(module, **options):
-        def run(inputs):
-            raise RuntimeError("Failed to find C compiler. Please specify one.\nmore")
+def passes(graph_module, example_inputs):
+    return make_boxed_func(graph_module.forward)
 
-        return run
 
-    monkeypatch.setattr(graphs.torch, "compile", fail)
+def fails(graph_module, example_inputs):
+    raise RuntimeError("Failed to find C compiler. Please specify one.\nmore")
+
+
+@pytest.mark.parametrize("part", ["fw_compiler", "bw_compiler"])
+def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch, part):
+    backend = aot_autograd(**{"fw_compiler": passes, "bw_compiler": passes} | {part: fails})
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     said = []
     model, images = nn.Conv2d(3, 2, 3), torch.rand(1, 3, 8, 8)
-    compiled = Compiled(model.forward, said.append)
+    compiled = Compiled(model.forward, 1, said.append)
     for _ in range(2):
-        assert torch.equal(compiled(images), model(images))
+        outputs = compiled(images)
+        assert torch.equal(outputs, model(images))
+        outputs.sum().backward()
     assert said == ["torch.compile failed (Failed to find C compiler): going on without"]

@@ -130,6 +130,8 @@ def test_the_state_of_a_float16_training_is_kept(tmp_path):
     images, labels = torch.randint(256, (16, 3, 8, 8), dtype=torch.uint8), torch.arange(16) % 10
     learners[0].scaler.load_state_dict(learners[0].scaler.state_dict() | {"scale": 2.0**100})  # too much: it is halved
     train.train_epoch(train.make_step(learners[0], config), images, labels, config)
+    momentum = [state["momentum_buffer"] for state in learners[0].optimizer.state.values()]
+    assert momentum and not any(buffer.any() for buffer in momentum)  # the step was left out
     train.save_checkpoint(tmp_path / "state", learners[0], 1, [], config, "data")
     train.restore(torch.load(tmp_path / "state"), learners[1], config, "data")
     assert learners[1].scaler.get_scale() == learners[0].scaler.get_scale() == 2.0**99

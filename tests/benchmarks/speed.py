@@ -104,7 +104,7 @@ def attack_works(device, precision, size):
     classifier = torch.nn.Sequential(model.normalizer, model.model).requires_grad_(False)
     surrogate = Surrogate(classifier, dtype)
     if compiles:
-        surrogate.model.forward = Compiled(surrogate.model.forward)
+        surrogate.model.forward = Compiled(surrogate.model.forward, size.batch)
     images = torch.randint(256, (size.batch, 3, 32, 32), dtype=torch.uint8, device=device)
     labels = torch.arange(size.batch, device=device) % 10
     few, few_labels = to_float(images[: size.reference_batch]), labels[: size.reference_batch]
@@ -163,7 +163,8 @@ def base_work(device, precision, size):
     loader = DataLoader(pictures, size.base_batch, shuffle=True, **options)
     loader = helpers.DataPrefetcher(loader) if on_gpu else loader
     batches = Batches(Split(images, labels, None, None), device, size.base_batch, augment_photos, shuffle=True)
-    args = Namespace(precision=precision if precision != "float16" else "float32", compile="auto")
+    args = Namespace(batch_size=size.base_batch, compile="auto", adv_train=0, adv_eval=0)
+    args.precision = precision if precision != "float16" else "float32"
 
     def epoch_of(loader, fast):
         model = attacker_model("resnet50", "cifar")
