@@ -380,7 +380,10 @@ def note_start(path, epochs, device):
 
     What an earlier start trained of these epochs was not kept, and is taken out.
     """
-    starts = json.loads(path.read_text()) if path.exists() else []
+    try:
+        starts = json.loads(path.read_text()) if path.exists() else []
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({utils.first_line(error)}); delete it, and the run goes on") from error
     starts = [start for start in starts if start["from_epoch"] < epochs.start]
     if epochs:
         start = {

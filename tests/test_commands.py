@@ -162,6 +162,8 @@ def test_a_run_is_never_deleted_unasked(place, command, user_error):
     assert (folder / "mine.pth.tar").exists()
     command(train.main, *run, "--overwrite")
     assert not (folder / "mine.pth.tar").exists()
+    (folder / "made_with.json").write_text("[{")
+    assert "made_with.json: damaged" in user_error(train.main, *run, "--resume")
 
 
 def test_mistakes_in_training(place, user_error, command, tmp_path):
