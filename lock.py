@@ -231,7 +231,7 @@ def lock_dataset(args):
         if todo:
             where = f"{device} ({reason})" + (f" and {ranks.count - 1} more" if ranks.count > 1 else "")
             ranks.say(f"Locking {args.dataset} by {', '.join(todo)} with {args.arch}, on {where}")
-            ranks.say(f"in {args.precision} ({why})" + (", compiled" if args.compile == "always" else ""))
+            ranks.say(utils.describe(args.precision, why, args.compile))
         for name in attacks_of(todo):
             kept = [classes[index] for index, target in enumerate(maps[name]) if index == target]
             if kept:

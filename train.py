@@ -483,7 +483,7 @@ def run(args, config, data, manifest, folder, suffix):
 
     log = log_to(folder / "log.txt")
     log(f"{config.architecture} on {suffix}, seed {config.seed}, on {device} ({reason}), in {folder}")
-    log(f"in {config.precision} ({why}){', compiled' if config.compile == 'always' else ''}")
+    log(utils.describe(config.precision, why, config.compile))
     log("images: " + ", ".join(f"{len(labels)} {name}" for name, (_, labels) in data.items()))
     if manifest is None:
         log("the locked files have no manifest (lock_*.json): what they were made of and from is not verified")

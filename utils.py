@@ -229,6 +229,11 @@ def pick_compile(name, device):
     return ("always" if device.type == "cuda" else "never") if name == "auto" else name
 
 
+def describe(precision, why, compile):
+    """What a command says of pick_precision and pick_compile, as a line."""
+    return f"in {precision} ({why})" + (", compiled" if compile == "always" else "")
+
+
 def check_size(model, images, what):
     """Raise UserError where a model does not take images [N, 3, H, W] of this size; what says where it was named."""
     try:

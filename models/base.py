@@ -4,8 +4,9 @@
         --out-dir ./logs/checkpoints/dir/ --exp-name resnet50
 
 takes the flags of `python -m robustness.main` (robustness 1.2.1, 2020: its last release) and trains with
-robustness' own loop, data sets, checkpoints and store. --arch is one of its CIFAR architectures or of models/;
---constraint, --eps and --attack-lr are required only with --adv-train 1 or --adv-eval 1.
+robustness' own loop, checkpoints and store. New are --precision, --compile and --manual-seed. --arch is one of its
+CIFAR architectures or of models/; --constraint, --eps and --attack-lr are required only with --adv-train 1 or
+--adv-eval 1.
 """
 
 import ast
@@ -316,10 +317,10 @@ def speed_up(network, args, device):
     if precision == "float16":
         precision, why = "float32", "robustness does not scale the loss, as float16 needs it"
     # compiled, every step of robustness' attack would take the weights' gradients too
-    compiled = utils.pick_compile(args.compile, device) == "always" and not (args.adv_train or args.adv_eval)
-    print(f"in {precision} ({why})" + ", compiled" * compiled)
+    compile = "never" if args.adv_train or args.adv_eval else utils.pick_compile(args.compile, device)
+    print(utils.describe(precision, why, compile))
     network.to(memory_format=torch.channels_last)
-    if compiled:
+    if compile == "always":
         network.forward = Compiled(network.forward, args.batch_size)
     if precision != "float32":
         network.forward = in_half(network.forward, device, PRECISIONS[precision])
@@ -350,11 +351,7 @@ def train():
     if checkpoint and "optimizer" not in checkpoint:
         raise UserError(f"{args.resume}: holds no optimizer; leave --resume-optimizer out")
     utils.check_size(model.model, to_float(test_split.images[:1]), f"--arch {args.arch}")
-    augment = AUGMENTATION[args.dataset] if args.data_aug else to_float
-    loaders = (
-        Batches(train_split, device, args.batch_size, augment, shuffle=True),
-        Batches(test_split, device, args.batch_size),
-    )
+    test_batches = Batches(test_split, device, args.batch_size)
     utils.make_folder(args.out_dir)
     store = make_store(main, args)
     print(f"{args.arch} on {args.dataset}, on {device} ({reason}), in {store.path}")
@@ -362,10 +359,12 @@ def train():
         if args.eval_only:
             utils.pick_precision("float32", device)
             args.adv_eval = args.adv_eval or 0
-            result = main.eval_model(args, model.to(device), loaders[1], store=store)
+            result = main.eval_model(args, model.to(device), test_batches, store=store)
             kind = "adv" if args.adv_eval else "nat"
             print(f"accuracy {result[f'{kind}_prec1']:.2f} % on the test set, loss {result[f'{kind}_loss']:.4f}")
         else:
+            augment = AUGMENTATION[args.dataset] if args.data_aug else to_float
+            loaders = Batches(train_split, device, args.batch_size, augment, shuffle=True), test_batches
             speed_up(model.model, args, device)
             # one GPU: the copies for others would call the forward that is bound to the first one's weights
             gpus = [device.index] if device.type == "cuda" else None

@@ -1,4 +1,4 @@
-"""torch.compile and CUDA graphs: they do what the plain code does, and where they fail, it does it instead."""
+"""torch.compile and CUDA graphs: they do what the plain code does, and say where they cannot."""
 
 from contextlib import nullcontext
 from functools import partial
@@ -98,7 +98,7 @@ def no_gpu(monkeypatch):
         monkeypatch.setattr(graphs.torch.cuda, name, value)
 
 
-def train_twice(config, change=lambda step: step, epochs=3):
+def train_some(config, change=lambda step: step, epochs=3):
     """A short training, its step changed; returns all that a checkpoint holds of it, and what each epoch returned."""
     torch.manual_seed(0)
     learner = train.make_learner(config, torch.device("cpu"))
@@ -121,9 +121,9 @@ def test_a_captured_training_is_the_plain_one(no_gpu, tmp_path, keys):
     """Weights, running statistics, momentum, losses and accuracies, bit for bit, over changing learning rates and
     batches of two sizes."""
     config = config_of(tmp_path, MINIMAL, architecture="preresnet8", batch_size="8", **{"precision": "float32"} | keys)
-    expected, expected_results = train_twice(config)
+    expected, expected_results = train_some(config)
     steps = []
-    state, results = train_twice(config, lambda step: steps.append(Captured(step)) or steps[0])
+    state, results = train_some(config, lambda step: steps.append(Captured(step)) or steps[0])
     assert steps[0].graph.calls
     assert results == expected_results
     assert state.keys() == expected.keys()
@@ -153,9 +153,9 @@ def test_one_size_is_compiled(compiles):
 
 def test_a_compiled_training_is_the_plain_one(compiles, tmp_path):
     keys = {"architecture": "preresnet8", "precision": "float32", "batch_size": "8"}
-    expected, _ = train_twice(config_of(tmp_path, MINIMAL, **keys))
+    expected, _ = train_some(config_of(tmp_path, MINIMAL, **keys))
     assert not compiles
-    state, _ = train_twice(config_of(tmp_path, MINIMAL, **keys, compile="always"))
+    state, _ = train_some(config_of(tmp_path, MINIMAL, **keys, compile="always"))
     assert len(compiles) == 15  # of 18 steps, three with the last four images
     for name, value in expected.items():
         torch.testing.assert_close(torch.as_tensor(state[name]), torch.as_tensor(value))
