@@ -13,7 +13,8 @@ def project(images, centers, eps):
 def gradient_of(losses, logits, x):
     """The gradient of every image's own loss [N, C, H, W]; losses [N] come from logits [N, classes], and those from x.
 
-    The gradient of a loss of 1e-5 is nothing in float16: through the network goes one of length 1, for each image.
+    The gradient at each image's logits goes through the network scaled to length 1, and is scaled back afterwards: that
+    of a loss of 1e-5 would be 0 in float16.
     """
     (slopes,) = torch.autograd.grad(losses.sum(), logits, retain_graph=True)
     lengths = slopes.norm(dim=1, keepdim=True).clamp(min=torch.finfo(slopes.dtype).tiny)
@@ -26,9 +27,9 @@ def attack(classifier, images, targets, eps, step_size, steps, targeted=True, on
 
     classifier maps images [N, C, H, W] in [0, 1] to logits [N, classes]; targets [N], or probabilities [N, classes];
     eps and step_size in units of those pixels. Returns, image by image, the iterate of least cross-entropy to its
-    target, of steps + 1: the image itself and the last included. Where targeted is false, targets are what to lead
-    away from: it returns the iterate of largest cross-entropy. An iterate whose loss is NaN or infinity is never
-    better than another. on_step is called after each evaluation.
+    target, of steps + 1: the image itself and the last included. Where targeted is false, it leads away from the
+    targets, and returns the iterate of largest cross-entropy. An iterate whose loss is NaN or infinity is never better
+    than another. on_step is called after each evaluation.
     """
     x, best = images, images
     best_losses = torch.full((len(images),), torch.inf, device=images.device)

@@ -11,7 +11,8 @@ from models import MODELS
 from utils import COMPILE, PRECISIONS, UserError, check_known, did_you_mean, flatten
 
 # Every key of a config.yaml with its default; where that is a type, the file must give the key.
-# The keys are CIFAR-ZOO's and the original's; those below train_on, seed, precision and compile are new.
+# The keys are CIFAR-ZOO's and the original's, but for seed, precision, compile, cutmix, cutmix_alpha, train_on,
+# preprocess and adversarial, which are new.
 CONFIG = {
     "architecture": str,
     "dataset": str,
@@ -134,22 +135,23 @@ def load_config(path, overrides):
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected keys and values, like 'epochs: 250'")
     defaults, config = flatten(CONFIG), EasyDict(deepcopy(CONFIG))
-    given = {ALIASES.get(key, key): (value, path) for key, value in flatten(content).items()}
+    given = {ALIASES.get(key, key): value for key, value in flatten(content).items()}
+    where = {key: f"{path}: {key}" for key in [*defaults, *given]}
     for key, text in overrides.items():
         # text stays text where text is wanted: a folder named 1e3 is no number
         as_text = defaults[key] is str or isinstance(defaults[key], str)
-        given[key] = (text if as_text else parse_value(text), f"--{key}")
-    for key, (value, where) in given.items():
+        given[key], where[key] = text if as_text else parse_value(text), f"--{key}"
+    for key, value in given.items():
         if isinstance(CONFIG.get(key), dict):
-            raise UserError(f"{where}: {key}: expected keys below it, like {', '.join(CONFIG[key])}")
+            raise UserError(f"{where[key]}: expected keys below it, like {', '.join(CONFIG[key])}")
         if key not in defaults:
-            raise UserError(f"{where}: unknown key '{key}'{did_you_mean(key, defaults)}")
+            raise UserError(f"{path}: unknown key '{key}'{did_you_mean(key, defaults)}")
         section, _, name = key.rpartition(".")
-        (config[section] if section else config)[name] = convert(value, defaults[key], f"{where}: {key}")
+        (config[section] if section else config)[name] = convert(value, defaults[key], where[key])
     missing = [key for key, default in defaults.items() if default is str and key not in given]
     if missing:
         raise UserError(f"{path}: the key '{missing[0]}' is missing")
-    check_values(config, path)
+    check_values(config, where)
     return config
 
 
@@ -194,26 +196,26 @@ RANGES = {
 }
 
 
-def check_values(config, path):
-    """Raise UserError where a value of the config is not one that it can have."""
-    check_known(config.architecture, MODELS, f"{path}: architecture")
-    check_known(config.dataset, DATASETS, f"{path}: dataset")
-    check_known(config.precision, ("auto", *PRECISIONS), f"{path}: precision")
-    check_known(config.compile, COMPILE, f"{path}: compile")
-    check_known(config.train_on, ("locked", "original"), f"{path}: train_on")
-    check_known(config.lr_scheduler.type, ("STEP", "COSINE", "HTD"), f"{path}: lr_scheduler.type")
+def check_values(config, where):
+    """Raise UserError where a value of the config is not one that it can have; where says, by key, how to name it."""
+    check_known(config.architecture, MODELS, where["architecture"])
+    check_known(config.dataset, DATASETS, where["dataset"])
+    check_known(config.precision, ("auto", *PRECISIONS), where["precision"])
+    check_known(config.compile, COMPILE, where["compile"])
+    check_known(config.train_on, ("locked", "original"), where["train_on"])
+    check_known(config.lr_scheduler.type, ("STEP", "COSINE", "HTD"), where["lr_scheduler.type"])
     values = flatten(config)
     for key, (low, high) in RANGES.items():
         if not low <= values[key] <= high:  # not so for NaN either
-            raise UserError(f"{path}: {key} is {values[key]}; it must lie between {low} and {high}")
+            raise UserError(f"{where[key]} is {values[key]}; it must lie between {low} and {high}")
     if config.adversarial.eps > 0 and config.augmentation.normalize:
-        raise UserError(f"{path}: adversarial.eps is in pixels of [0, 1]; set augmentation.normalize to False")
+        raise UserError(f"{where['adversarial.eps']} is in pixels of [0, 1]; set augmentation.normalize to False")
     if config.mixup and config.cutmix:
-        raise UserError(f"{path}: mixup and cutmix exclude each other; set one of them to False")
+        raise UserError(f"{where['cutmix']} and mixup exclude each other; set one of them to False")
     if config.optimize.nesterov and config.optimize.momentum == 0:
-        raise UserError(f"{path}: optimize.nesterov needs a momentum; set it to False")
+        raise UserError(f"{where['optimize.nesterov']} needs a momentum; set it to False")
     ckpt_path = Path(config.ckpt_path)
     if ckpt_path.is_absolute() or ".." in ckpt_path.parts:
-        raise UserError(f"{path}: ckpt_path is '{config.ckpt_path}'; it must be a folder below the run's, as ./")
+        raise UserError(f"{where['ckpt_path']} is '{config.ckpt_path}'; it must be a folder below the run's, as ./")
     if Path(config.ckpt_name).name != config.ckpt_name:
-        raise UserError(f"{path}: ckpt_name is '{config.ckpt_name}'; it must be a file's name, without a folder")
+        raise UserError(f"{where['ckpt_name']} is '{config.ckpt_name}'; it must be a file's name, without a folder")

@@ -11,10 +11,10 @@ if hasattr(functorch_config, "force_non_lazy_backward_lowering"):
 
 
 class Compiled:
-    """A function of images [N, C, H, W] by torch.compile, for batches of one size that a gradient is taken of.
+    """A function of images [N, C, H, W], compiled by torch.compile for full batches with gradients enabled.
 
-    Batches of another size, such as the last one of a data set, and those that no gradient is taken of go through the
-    function itself: compiling once more would take longer than that. So does everything where torch.compile fails,
+    Batches of another size, such as the last one of a data set, and those without gradients go through the function
+    itself: compiling once more would take longer than that. So does everything where torch.compile fails,
     which it says. Given to a module in place of its forward, it leaves all else about the module as it is.
     """
 
@@ -67,7 +67,7 @@ class Captured:
         return self.outputs
 
     def warm_up(self, inputs):
-        """Run the function on the stream that it is recorded on; so do the kernels of its gradients."""
+        """Run the function on the stream that it is recorded on; its backward pass runs there too."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             outputs = self.function(*inputs)
@@ -75,7 +75,7 @@ class Captured:
         return outputs
 
     def record(self, inputs):
-        """Record what the function does, which it does not do meanwhile; raises UserError where that cannot be."""
+        """Record the function's kernels, which does not run them; raises UserError where that cannot be."""
         self.inputs = [tensor.clone() for tensor in inputs]
         graph = torch.cuda.CUDAGraph()
         try:

@@ -29,7 +29,7 @@ import utils
 from attack import attack
 from data import DATASETS, SPLITS, to_float, to_uint8
 from graphs import Compiled
-from lockfiles import METHODS, Paths, attacks_of, sha256
+from lockfiles import METHODS, Paths, attacks_of, parameters_of, sha256
 from models.base import Surrogate, load_classifier
 from ranks import Ranks
 from utils import COMPILE, PRECISIONS, UserError, number, write_file
@@ -362,8 +362,8 @@ def parse_arguments():
     add("--eps", type=number(float, 0), default=0.5, help="L2 radius, in pixels of [0, 1] (default: %(default)s)")
     add("--attack-lr", type=number(float, 0), default=0.1, help="L2 length of a step (default: %(default)s)")
     add("--attack-steps", type=number(int, 0, 10**6), default=100, help="steps an attack (default: %(default)s)")
-    add("--alpha", type=number(float, 0, 1), default=0.5, help="share of the left side (default: %(default)s)")
-    add("--lambd", type=number(float, 0, 1), default=0.5, help="weight of a blend's first (default: %(default)s)")
+    add("--alpha", type=number(float, 0, 1), help="horiz and mixandcat: share of the left side (default: 0.5)")
+    add("--lambd", type=number(float, 0, 1), help="mixup and mixandcat: weight of a blend's first (default: 0.5)")
     add(
         "--precision",
         choices=["auto", *PRECISIONS],
@@ -409,6 +409,11 @@ def parse_arguments():
     if not args.unlock:
         args.format = args.format or ["tensor"]
     args.lock_method = list(METHODS) if "all" in args.lock_method else list(dict.fromkeys(args.lock_method))
+    for name in ("alpha", "lambd"):
+        if getattr(args, name) is None:
+            setattr(args, name, 0.5)
+        elif not any(name in parameters_of(method) for method in args.lock_method):
+            raise UserError(f"--{name}: --lock-method {' '.join(args.lock_method)} has no use for it; leave it out")
     return args
 
 

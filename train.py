@@ -153,8 +153,8 @@ def evaluate(model, images, labels, config):
 
 
 def load_data(config):
-    """The splits {name: (images uint8 [N, 3, H, W], labels int64 [N])}: train, which is the locked one, or else the
-    same number of originals; locked_test and original. And the manifest of the lock, or None where it has none.
+    """The splits {name: (images uint8 [N, 3, H, W], labels int64 [N])}: train (locked images, or as many originals
+    where train_on says so), locked_test and original. And the manifest of the lock, or None where it has none.
 
     Raises UserError where a file is absent, has changed, or does not fit the config or the other files.
     """
@@ -227,7 +227,7 @@ def pictures(originals, locked):
     return F.interpolate(grid[None], scale_factor=3)[0]
 
 
-CHECKPOINT_KEYS = {"epoch", "model", "optimizer", "history", "config", "data", "rng", "cuda_rng"}
+CHECKPOINT_KEYS = {"epoch", *Learner._fields, "history", "config", "data", "rng", "cuda_rng"}
 
 
 def previous(checkpoint):
@@ -281,8 +281,7 @@ def read_checkpoint(checkpoint, log):
 def restore(state, learner, config, data_hash):
     """Bring back what save_checkpoint wrote; raises UserError where it is of another run."""
     free = FREE_ON_RESUME | ({"epochs"} if config.lr_scheduler.type == "STEP" else set())
-    # what an older version did, which had no such keys
-    before = {**flatten(CONFIG), "precision": "float32", **json.loads(state["config"])}
+    before = {**flatten(CONFIG), **json.loads(state["config"])}  # keys that are newer than the run had their defaults
     for key, now in flatten(config).items():
         if key not in free and before[key] != now:
             raise UserError(f"--resume: the run was trained with {key} {before[key]}, but it is {now} now; set it back")
@@ -293,7 +292,7 @@ def restore(state, learner, config, data_hash):
     # of the optimizer only what it has gathered: its settings are the config's
     state["optimizer"]["param_groups"] = learner.optimizer.state_dict()["param_groups"]
     for name, part in learner._asdict().items():
-        part.load_state_dict(state.get(name, {}))
+        part.load_state_dict(state[name])
     torch.set_rng_state(state["rng"])
     if state["cuda_rng"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda_rng"])
@@ -481,6 +480,7 @@ def run(args, config, data, manifest, folder, suffix):
     learner = make_learner(config, device)
     utils.check_size(learner.model, as_inputs(data["original"][0][:1].to(device), config), config.architecture)
 
+    prepare_folder(folder, args)
     log = log_to(folder / "log.txt")
     log(f"{config.architecture} on {suffix}, seed {config.seed}, on {device} ({reason}), in {folder}")
     log(utils.describe(config.precision, why, config.compile))
@@ -500,6 +500,8 @@ def run(args, config, data, manifest, folder, suffix):
     writers = open_writers(folder, done + 1)
     picture = show_pictures(data, folder, writers["run"])
     data = {name: (images.to(device), labels.to(device)) for name, (images, labels) in data.items()}
+    if done == config.epochs and history[-1]["epoch"] < done:  # it was to go on when it was trained
+        history.append({"epoch": done, **evaluate_both(learner.model, data, config)})
 
     epochs, step = range(done + 1, config.epochs + 1), make_step(learner, config, log)
     made_with = note_start(folder / "made_with.json", epochs, device)
@@ -536,7 +538,6 @@ def main():
     suffix = split_path(Path(config.locked_train_image))[0].suffix or Path(config.locked_train_image).name
     folder = Path(args.work_path, suffix, args.name, f"seed{config.seed}")
     with utils.exclusive(folder), utils.naming(folder):
-        prepare_folder(folder, args)
         run(args, config, data, manifest, folder, suffix)
 
 

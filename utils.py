@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 import torchvision
 from filelock import FileLock, Timeout
@@ -136,7 +137,7 @@ def sync_folder(path):
 
 
 def discard(folder, trash):
-    """Delete a folder, which has its name until it is moved to trash, whole: that may be left behind, half deleted."""
+    """Delete a folder. It is renamed to trash first, so that no half-deleted folder ever has its old name."""
     shutil.rmtree(trash, ignore_errors=True)
     if folder.exists():
         os.replace(folder, trash)
@@ -239,7 +240,7 @@ def check_size(model, images, what):
     try:
         with torch.no_grad():
             model.eval()(images)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         size = f"{images.shape[3]}x{images.shape[2]}"
         raise UserError(f"{what}: does not take images of {size} pixels; choose another, as preresnet20") from error
 
@@ -257,6 +258,7 @@ def environment(device):
         "torch": str(torch.__version__),
         "torchvision": str(torchvision.__version__),
         "numpy": np.__version__,
+        "pillow": PIL.__version__,
     }
 
 

@@ -214,7 +214,8 @@ def parse_arguments(main):
     defaults, parser = main.defaults, utils.Parser(__doc__)
     for group in (defaults.CONFIG_ARGS, defaults.MODEL_LOADER_ARGS, defaults.TRAINING_ARGS, defaults.PGD_ARGS):
         defaults.add_args_to_parser(group, parser)
-    parser.add_argument("--manual-seed", type=int, default=23, help="seed of everything drawn (default: 23)")
+    seed = utils.number(int, 0, 2**63)
+    parser.add_argument("--manual-seed", type=seed, default=23, help="seed of everything drawn (default: 23)")
     parser.add_argument(
         "--precision",
         choices=["auto", "float32", "bfloat16"],
@@ -248,7 +249,7 @@ def parse_arguments(main):
 # The least value of each flag that is a number.
 LEAST = {
     **dict.fromkeys(("epochs", "batch_size", "log_iters", "attack_steps"), 1),
-    **dict.fromkeys(("workers", "lr", "step_lr", "weight_decay", "momentum", "manual_seed"), 0),
+    **dict.fromkeys(("workers", "lr", "step_lr", "weight_decay", "momentum"), 0),
     "save_ckpt_iters": -1,
 }
 

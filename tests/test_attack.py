@@ -81,7 +81,7 @@ def test_best_iterate_is_kept():
     assert torch.equal(attacked, torch.stack(recorder.seen)[best, torch.arange(8)])
 
 
-def test_an_image_that_no_step_improves_is_kept():
+def test_where_the_gradient_is_zero_nothing_moves():
     images = saturated_images(3)
     constant = nn.Sequential(nn.Flatten(), nn.Linear(768, 2))
     constant[1].weight.data.zero_()

@@ -2,10 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from conftest import MINIMAL, config_of
 from torchvision.transforms.v2 import functional
 
 import augmentation
+from tests.conftest import MINIMAL, config_of
 
 
 def test_random_crop_cuts_out_of_the_padded_image():

@@ -80,6 +80,11 @@ def test_train_and_resume(place, command, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         command(train.main, "--work-path", place / "stopped", *TRAIN)
     monkeypatch.setattr(train, "run_epoch", run_epoch)
+    shutil.copytree(place / "stopped", place / "shorter")
+    command(train.main, "--work-path", place / "shorter", *TRAIN, "--resume", "--epochs", 2)
+    shorter = json.loads((place / "shorter" / "basic" / "seed0" / "result.json").read_text())
+    assert [record["epoch"] for record in shorter["history"]] == [1, 2] and shorter["epochs"] == 2
+
     command(train.main, "--work-path", place / "stopped", *TRAIN, "--resume")
     resumed = place / "stopped" / "basic" / "seed0"
     best = torch.load(whole / "state_best.pth.tar")
@@ -178,7 +183,7 @@ def test_mistakes_in_training(place, user_error, command, tmp_path):
     assert f"{checkpoint}: damaged" in line and "there is no other; start again with --overwrite" in line
     assert "config.yaml: no such file" in user_error(train.main, "--work-path", tmp_path)
     assert "--epoch; did you mean 'epochs'?" in user_error(train.main, "--work-path", work, "--epoch", 3)
-    assert "--epochs: epochs: expected a whole number, found 'x'" in user_error(
+    assert "--epochs: expected a whole number, found 'x'" in user_error(
         train.main, "--work-path", work, "--epochs", "x"
     )
     elsewhere = ["--lock-data", tmp_path, "--lock-method", "horiz"]
@@ -202,6 +207,8 @@ def test_mistakes_in_locking(place, user_error, tmp_path):
     assert "lock_basic.json was made with eps 0.5, but now it is 0.7; name another folder with --lock-data" in line
     elsewhere = [*lock_flags(place), "--lock-data", tmp_path / "new"]
     assert "no such checkpoint" in user_error(lock.main, *elsewhere, "--resume-path", tmp_path / "none")
+    line = user_error(lock.main, *elsewhere, "--lock-method", "basic", "mixup", "--alpha", 0.3)
+    assert "--alpha: --lock-method basic mixup has no use for it" in line
     assert "not a checkpoint of --arch resnet50" in user_error(lock.main, *elsewhere, "--arch", "resnet50")
     assert "unknown name 'resnet49'" in user_error(lock.main, *elsewhere, "--arch", "resnet49")
     assert "CIFAR-10 is not there" in user_error(lock.main, *elsewhere, "--dataset", "cifar", "--orig-data", tmp_path)
@@ -237,7 +244,7 @@ def test_base_classifier_is_resumed(place, tmp_path, command):
     assert (tmp_path / "base" / "store.1.h5").exists()
 
 
-@pytest.mark.parametrize("script", [["lock.py"], ["train.py"], ["-m", "models.base"]])
+@pytest.mark.parametrize("script", [["lock.py"], ["train.py"], ["-m", "models.base"], ["-m", "experiments"]])
 def test_help_and_exit_codes_from_the_shell(script):
     assert (
         "usage"

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from conftest import MINIMAL, config_of
 
 from config import CONFIG, CONFIG_HELP, load_config
 from data import SPLITS
+from tests.conftest import MINIMAL, config_of
 from utils import UserError, flatten
 
 CONFIGS = sorted((Path(__file__).parent.parent / "experiments").glob("*/*/config.yaml"))
@@ -66,13 +66,6 @@ def test_a_cifar_zoo_config_loads_unchanged(tmp_path):
     assert flatten(config).keys() == flatten(CONFIG).keys()
 
 
-def test_the_experiments_are_there():
-    names = {path.parent.name for path in CONFIGS}
-    assert names == set(
-        "alexnet densenet100bc mobilenet_v2 preresnet8 preresnet20 preresnet110 resnet20 vgg11 vgg19 vit".split()
-    )
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.parent.name for path in CONFIGS])
 def test_shipped_configs(path):
     config = load_config(path, {})
@@ -125,7 +118,7 @@ def test_mistakes_in_a_config(tmp_path, text, message):
         ("architecture", "preresnet21", "architecture: unknown name 'preresnet21'; known are alexnet, .*preresnet20"),
         ("dataset", "cifar100", "dataset: unknown name 'cifar100'; known are"),
         ("lr_scheduler.type", "COS", "lr_scheduler.type: unknown name 'COS'; known are STEP, COSINE, HTD"),
-        ("epochs", "0", "epochs is 0"),
+        ("epochs", "0", "--epochs is 0"),
         ("optimize.momentum", "0", "nesterov needs a momentum"),
         ("optimize.weight_decay", "-1", "optimize.weight_decay is -1.0"),
         ("lr_scheduler.base_lr", ".nan", "lr_scheduler.base_lr is nan"),

@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import MINIMAL, config_of
 
 import utils
 from experiments import __main__ as study
+from tests.conftest import MINIMAL, config_of
 from utils import flatten
 
 RESULT = {

@@ -136,10 +136,12 @@ def test_the_three_commands_and_back(digits, command, user_error, tmp_path):
     originals = data.load_folder(photos, "train")
     assert restored.names == originals.names and torch.equal(restored.images, originals.images)
 
-    again = ["--work-path", tmp_path, "--lock-data", locked, "--seed", 1]
+    again = ["--work-path", tmp_path, "--lock-data", locked, "--overwrite"]
     assert "has 4 classes, but num_classes is 5; set it to 4" in user_error(train.main, *again, "--num_classes", 5)
-    line = user_error(train.main, *again, "--architecture", "vgg19")
-    assert "vgg19: does not take images of 24x20 pixels; choose another" in line
+    for name in ("vgg19", "vit"):
+        line = user_error(train.main, *again, "--architecture", name)
+        assert f"{name}: does not take images of 24x20 pixels; choose another" in line
+    assert json.loads((tmp_path / "basic" / "seed0" / "result.json").read_text()) == result
 
 
 def test_mistakes_with_a_folder(digits, user_error, tmp_path):

@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import MINIMAL, config_of, lock_flags
 from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
@@ -18,6 +17,7 @@ import lockfiles
 import train
 from graphs import Captured, Compiled
 from lockfiles import Paths, load_whole
+from tests.conftest import MINIMAL, config_of, lock_flags
 from utils import UserError
 
 

@@ -65,20 +65,18 @@ def test_combine_equals_slicing_by_hand():
 
 
 @pytest.mark.parametrize(
-    "method, alpha, lambd, suffix",
+    "method, alpha, lambd, suffix, parameters",
     [
-        ("basic", 0.3, 0.3, "basic"),
-        ("mixup", 0.5, 0.29, "29_mixup"),  # int(100 * 0.29) is 28
-        ("horiz", 0.125, 0.5, "12.5_horiz"),
-        ("mixandcat", 0.5, 0.5, "mixandcat"),
-        ("mixandcat", 0.3, 0.5, "30_50_mixandcat"),
+        ("basic", 0.3, 0.3, "basic", {}),
+        ("mixup", 0.5, 0.29, "29_mixup", {"lambd": 0.29}),  # int(100 * 0.29) is 28
+        ("horiz", 0.125, 0.5, "12.5_horiz", {"alpha": 0.125}),
+        ("mixandcat", 0.5, 0.5, "mixandcat", {}),
+        ("mixandcat", 0.3, 0.5, "30_50_mixandcat", {"alpha": 0.3, "lambd": 0.5}),
     ],
 )
-def test_suffix(method, alpha, lambd, suffix):
+def test_suffix(method, alpha, lambd, suffix, parameters):
     assert lockfiles.lock_suffix(method, alpha, lambd) == suffix
-    found, parameters = lockfiles.parse_suffix(suffix)
-    assert found == method
-    assert parameters == {name: value for name, value in {"alpha": alpha, "lambd": lambd}.items() if name in parameters}
+    assert lockfiles.parse_suffix(suffix) == (method, parameters)
 
 
 def test_suffixes_of_different_locks_differ():

@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MINIMAL, config_of
 from easydict import EasyDict
 from torch import nn
 
 import train
 from config import CONFIG
+from tests.conftest import MINIMAL, config_of
 from utils import PRECISIONS, UserError
 
 

@@ -264,16 +264,16 @@ def main():
     torch.backends.cudnn.benchmark = True
     rates = ceilings(device, precision)
     print(f"{device} ({reason}), {precision} ({why}), torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"product of matrices: {rates[0] / 1e12:.2f} TFLOP/s, copy: {rates[1] / 1e9:.0f} GB/s")
+    print(f"peak, as measured: {rates[0] / 1e12:.2f} TFLOP/s in a matrix product, {rates[1] / 1e9:.0f} GB/s in a copy")
     works = [*attack_works(device, precision, size), base_work(device, precision, size)]
     works += [training_work(name, batch, device, precision, size) for name, batch in size.models.items()]
-    columns = "work, for one image", "the original's way, us", "ours, us", "ratio", "of the product's rate"
-    columns += "of the copy's", "first call, s"
+    columns = "work, for one image", "the original's way, ms", "ours, ms", "ratio", "of peak FLOP/s"
+    columns += "of peak bandwidth", "first call, s"
     print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for work in tqdm(works, leave=False, disable=None):
         reference, ours, first = measure(work, device, size.rounds)
         shares = " | ".join(f"{cost / ours / rate:.0%}" for cost, rate in zip(work.cost, rates))
-        times = f"{1e6 * reference:.1f} | {1e6 * ours:.1f} | {reference / ours:.1f}x"
+        times = f"{1e3 * reference:.3g} | {1e3 * ours:.3g} | {reference / ours:.1f}x"
         print(f"| {work.name} | {times} | {shares} | {first:.1f} |", flush=True)
 
 
