@@ -2,6 +2,7 @@
 
 import io
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -93,12 +94,16 @@ def as_inputs(images, config):
     """uint8 images [N, 3, H, W] as float inputs: pixels in [0, 1], or normalised where the config says so."""
     inputs = to_float(images)
     if config.augmentation.normalize:
-        dataset = DATASETS[config.dataset]
-        mean, std = (
-            torch.tensor(values, device=inputs.device)[:, None, None] for values in (dataset.mean, dataset.std)
-        )
+        mean, std = mean_and_std(config.dataset, inputs.device)
         inputs = (inputs - mean) / std
     return inputs
+
+
+@lru_cache  # a GPU would wait for them to be copied to it, in every step
+def mean_and_std(dataset, device):
+    """The mean and the standard deviation of each colour in a data set, of pixels in [0, 1], as two [3, 1, 1]."""
+    found = DATASETS[dataset]
+    return [torch.tensor(values, device=device)[:, None, None] for values in (found.mean, found.std)]
 
 
 def augment(images, config):

@@ -81,7 +81,10 @@ class Captured:
         try:
             with torch.cuda.graph(graph, stream=self.stream):
                 self.outputs = self.function(*self.inputs)
-        except RuntimeError as error:  # that of the end of a recording hides the one that ended it
-            reason = first_line(error.__context__ or error)
+        except RuntimeError as error:
+            cause = error.__context__ or error  # the error at the end of a recording hides the one that ended it
+            if isinstance(cause, torch.cuda.OutOfMemoryError):
+                raise cause
+            reason = first_line(cause)
             raise UserError(f"a CUDA graph could not be recorded ({reason}); set compile to never") from error
         self.graph = graph

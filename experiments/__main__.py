@@ -19,6 +19,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from queue import SimpleQueue
 from statistics import mean, stdev
 
 import torch
@@ -76,16 +77,19 @@ def commands(args, rest):
         yield command + rest
 
 
-def run(command, index, threads, running):
+def run(command, slots, threads, running):
     """Run a command, and keep its process in the list running meanwhile; returns its exit code and what it said last.
 
-    It takes the GPU with this index, counted around, and so many threads on a CPU.
+    It takes a number from the queue slots meanwhile, and the GPU of that number, counted around; on a CPU so many
+    threads.
     """
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "LOCAL_RANK": str(index)}
+    slot = slots.get()
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "LOCAL_RANK": str(slot)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as child:
         running.append(child)
         out, error = child.communicate()
         running.remove(child)
+    slots.put(slot)
     lines = (error if child.returncode else out).strip().splitlines()
     return child.returncode, lines[-1] if lines else f"exit code {child.returncode}"
 
@@ -93,9 +97,11 @@ def run(command, index, threads, running):
 def run_all(args, rest):
     """Run every command, args.jobs at a time; raises UserError where one fails, after all of them."""
     todo, running, failed = list(commands(args, rest)), [], 0
-    threads = max(1, torch.get_num_threads() // args.jobs)
+    slots, threads = SimpleQueue(), max(1, torch.get_num_threads() // args.jobs)
+    for slot in range(args.jobs):
+        slots.put(slot)
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(todo), unit="run", disable=None) as progress:
-        futures = {pool.submit(run, command, i, threads, running): command for i, command in enumerate(todo)}
+        futures = {pool.submit(run, command, slots, threads, running): command for command in todo}
         try:
             for future in as_completed(futures):
                 code, line = future.result()

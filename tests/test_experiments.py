@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -98,6 +99,24 @@ def test_every_combination_is_run_and_a_failure_costs_no_other_run(place, comman
     for name, keys in {"control": ("original", 0), "jpeg10": ("locked", 10)}.items():
         config = json.loads((tmp_path / "basic" / name / "seed3" / "result.json").read_text())["config"]
         assert (config["train_on"], config["preprocess"]["jpeg_quality"], config["epochs"]) == (*keys, 1)
+
+
+def test_a_run_takes_the_gpu_of_one_that_ended(tmp_path, monkeypatch):
+    """Of three runs, two at a time, the first one lasts until the others are over."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os, pathlib, sys, time\n"
+        "place, seed = pathlib.Path(sys.argv[2]), sys.argv[-1]\n"
+        "while seed == '0' and len(list(place.glob('seed*'))) < 2:\n"
+        "    time.sleep(0.01)\n"
+        "(place / f'seed{seed}').write_text(os.environ['LOCAL_RANK'])\n"
+        "print('done')"
+    )
+    monkeypatch.setattr(study, "TRAIN", script)
+    args = SimpleNamespace(work_path=[tmp_path], lock_method=[None], variant=["plain"], seed=[0, 1, 2], jobs=2)
+    study.run_all(args, [])
+    first, second, third = [(tmp_path / f"seed{seed}").read_text() for seed in args.seed]
+    assert second == third and {first, second} == {"0", "1"}
 
 
 def test_an_interrupt_ends_what_is_running_and_starts_no_more(place, tmp_path):

@@ -8,6 +8,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch import config as functorch_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -140,6 +141,20 @@ def test_what_cannot_be_captured(no_gpu):
         captured(torch.ones(3))
 
 
+def test_a_full_memory_stays_one(no_gpu):
+    """Of which run_command says something else than of what cannot be captured."""
+
+    def fills_the_memory(values):
+        raise torch.cuda.OutOfMemoryError
+
+    captured = Captured(lambda values: (values,))
+    for _ in range(3):
+        captured(torch.ones(3))
+    captured.function = fills_the_memory
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        captured(torch.ones(3))
+
+
 def test_one_size_is_compiled(compiles):
     model = nn.Conv2d(3, 2, 3)
     compiled = Compiled(model.forward, batch_size=4)
@@ -182,7 +197,18 @@ def fails(graph_module, example_inputs):
     raise RuntimeError("Failed to find C compiler. Please specify one.\nmore")
 
 
-@pytest.mark.parametrize("part", ["fw_compiler", "bw_compiler"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "fw_compiler",
+        pytest.param(
+            "bw_compiler",
+            marks=pytest.mark.skipif(
+                not hasattr(functorch_config, "force_non_lazy_backward_lowering"), reason="this torch compiles it later"
+            ),
+        ),
+    ],
+)
 def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch, part):
     backend = aot_autograd(**{"fw_compiler": passes, "bw_compiler": passes} | {part: fails})
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
