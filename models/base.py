@@ -3,7 +3,7 @@
     python -m models.base --dataset cifar --data ./data/cifar10 --adv-train 0 --arch resnet50 \\
         --out-dir ./logs/checkpoints/dir/ --exp-name resnet50
 
-takes the flags of `python -m robustness.main` (robustness 1.2.1, 2020: its last release) and trains with
+takes the flags of `python -m robustness.main` (robustness 1.2.1.post2, 2020: its last release) and trains with
 robustness' own loop, checkpoints and store. New are --precision, --compile and --manual-seed. --arch is one of its
 CIFAR architectures or of models/; --constraint, --eps and --attack-lr are required only with --adv-train 1 or
 --adv-eval 1.
