@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -85,6 +86,7 @@ def test_train_and_resume(place, command, monkeypatch, capsys):
     shorter = json.loads((place / "shorter" / "basic" / "seed0" / "result.json").read_text())
     assert [record["epoch"] for record in shorter["history"]] == [1, 2] and shorter["epochs"] == 2
 
+    time.sleep(1)  # TensorBoard reads files in the order of the seconds they were begun in
     command(train.main, "--work-path", place / "stopped", *TRAIN, "--resume")
     resumed = place / "stopped" / "basic" / "seed0"
     best = torch.load(whole / "state_best.pth.tar")
