@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -182,6 +183,8 @@ class Cut(BaseException):
 @pytest.fixture
 def cut(monkeypatch):
     """Runs a function until it would change the disk for the nth time; returns whether it came so far."""
+    if sys.version_info < (3, 11):
+        pytest.skip("pathlib does not call what is patched")
 
     def run(function, n):
         calls = 0
