@@ -186,7 +186,7 @@ def plot(groups, path):
 
     A line is the mean of the seeds, and the band around it goes from the least to the largest.
     """
-    panels = {}
+    panels, methods = {}, sorted({group[0]["method"] for group in groups})
     for group in groups:
         title = "{architecture} on {dataset}".format(**group[0]) + (group[0]["name"] and f", {group[0]['name']}")
         panels.setdefault(title, []).append(group)
@@ -199,9 +199,10 @@ def plot(groups, path):
         axis.set_axis_off()
     for axis, (title, members) in zip(axes.flat, panels.items()):
         axis.set(title=title, xlabel="epoch", ylim=(0, 100))
-        for index, group in enumerate(members):
-            draw(axis, group, "locked_acc", group[0]["method"], f"C{index}", "-")
-            draw(axis, group, "orig_acc", None, f"C{index}", "--")
+        for group in members:
+            color = f"C{methods.index(group[0]['method'])}"
+            draw(axis, group, "locked_acc", group[0]["method"], color, "-")
+            draw(axis, group, "orig_acc", None, color, "--")
         axis.legend(fontsize="small")
     save(figure, path, "--plot")
 
