@@ -58,7 +58,7 @@ def test_the_readme_says_what_the_results_say():
     root = Path(__file__).parents[1]
     lines = (root / "README.md").read_text().splitlines()
     groups = study.gather([root / "results"])
-    assert len(groups) == 10 + 4 - 1 + 9 + 6  # digits: ten variants, and four methods; CIFAR-10: two locks
+    assert len(groups) == 10 + 4 - 1 + 9 + 13  # digits: ten variants, and four methods; CIFAR-10: two locks
     for group in groups:
         first = group[0]
         names = [first["name"]] if first["name"] else [first["lock_method"], "plain", first["architecture"]]
