@@ -84,12 +84,15 @@ def run(command, slots, threads, running):
     threads.
     """
     slot = slots.get()
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "LOCAL_RANK": str(slot)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as child:
-        running.append(child)
-        out, error = child.communicate()
-        running.remove(child)
-    slots.put(slot)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options["env"] = {"OMP_NUM_THREADS": str(threads), **os.environ, "LOCAL_RANK": str(slot)}
+    try:
+        with subprocess.Popen(command, **options) as child:
+            running.append(child)
+            out, error = child.communicate()
+            running.remove(child)
+    finally:  # or, where no process can be started, the next run would wait for the number forever
+        slots.put(slot)
     lines = (error if child.returncode else out).strip().splitlines()
     return child.returncode, lines[-1] if lines else f"exit code {child.returncode}"
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from queue import SimpleQueue
 from types import SimpleNamespace
 
 import pytest
@@ -56,14 +57,15 @@ def test_the_table_puts_seeds_together_beside_the_papers_numbers(results, comman
 
 def test_the_readme_says_what_the_results_say():
     root = Path(__file__).parents[1]
-    lines = (root / "README.md").read_text().splitlines()
+    rows = [line for line in (root / "README.md").read_text().splitlines() if line.startswith("| `")]
     groups = study.gather([root / "results"])
     assert len(groups) == 10 + 4 - 1 + 9 + 13  # digits: ten variants, and four methods; CIFAR-10: two locks
     for group in groups:
         first = group[0]
         names = [first["name"]] if first["name"] else [first["lock_method"], "plain", first["architecture"]]
         numbers = " | ".join(study.spread([result[key] for result in group]) for key in ("orig_acc", "locked_acc"))
-        assert any(numbers in line and any(name in line for name in names) for line in lines), (names, numbers)
+        heads = [row.split(" | ")[0].rpartition("`, ")[2].strip("|` ") for row in rows if numbers in row]
+        assert set(names) & set(heads), (names, numbers)
 
 
 def test_mistakes(results, user_error, tmp_path):
@@ -118,6 +120,11 @@ def test_a_run_takes_the_gpu_of_one_that_ended(tmp_path, monkeypatch):
     study.run_all(args, [])
     first, second, third = [(tmp_path / f"seed{seed}").read_text() for seed in args.seed]
     assert second == third and {first, second} == {"0", "1"}
+    slots = SimpleQueue()
+    slots.put(0)
+    with pytest.raises(OSError):
+        study.run([tmp_path / "none"], slots, 1, [])
+    assert slots.get_nowait() == 0
 
 
 def test_an_interrupt_ends_what_is_running_and_starts_no_more(place, tmp_path):
