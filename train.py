@@ -423,11 +423,15 @@ def add_hparams(writer, config, result):
         writer.add_scalar(name, value, result["epochs"])
 
 
-def evaluate_both(model, data, config):
-    """Loss and accuracy on the locked and on the original test set, as a record of the run's history."""
-    locked_loss, locked_acc = evaluate(model, *data["locked_test"], config)
-    orig_loss, orig_acc = evaluate(model, *data["original"], config)
-    return {"locked_loss": locked_loss, "locked_acc": locked_acc, "orig_loss": orig_loss, "orig_acc": orig_acc}
+def evaluate_both(model, data, epoch, config, writers):
+    """Loss and accuracy on the locked and on the original test set, as a record of the run's history and as curves."""
+    record = {}
+    for curve, split, short in ("locked", "locked_test", "locked"), ("original", "original", "orig"):
+        loss, accuracy = evaluate(model, *data[split], config)
+        record |= {f"{short}_loss": loss, f"{short}_acc": accuracy}
+        writers[curve].add_scalar("accuracy/test", accuracy, epoch)
+        writers[curve].add_scalar("loss/test", loss, epoch)
+    return record
 
 
 def run_epoch(learner, step, data, epoch, config, writers, log):
@@ -448,11 +452,8 @@ def run_epoch(learner, step, data, epoch, config, writers, log):
             "epoch": epoch,
             "train_loss": loss,
             "train_acc": accuracy,
-            **evaluate_both(learner.model, data, config),
+            **evaluate_both(learner.model, data, epoch, config, writers),
         }
-        for name, short in {"locked": "locked", "original": "orig"}.items():
-            writers[name].add_scalar("accuracy/test", record[f"{short}_acc"], epoch)
-            writers[name].add_scalar("loss/test", record[f"{short}_loss"], epoch)
         line += (
             "  test: locked {locked_acc:6.2f} % (loss {locked_loss:.4f}), "
             "original {orig_acc:6.2f} % (loss {orig_loss:.4f})".format(**record)
@@ -501,7 +502,7 @@ def run(args, config, data, manifest, folder, suffix):
     picture = show_pictures(data, folder, writers["run"])
     data = {name: (images.to(device), labels.to(device)) for name, (images, labels) in data.items()}
     if done == config.epochs and history[-1]["epoch"] < done:  # it was to go on when it was trained
-        history.append({"epoch": done, **evaluate_both(learner.model, data, config)})
+        history.append({"epoch": done, **evaluate_both(learner.model, data, done, config, writers)})
 
     epochs, step = range(done + 1, config.epochs + 1), make_step(learner, config, log)
     made_with = note_start(folder / "made_with.json", epochs, device)

@@ -81,12 +81,14 @@ def test_train_and_resume(place, command, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         command(train.main, "--work-path", place / "stopped", *TRAIN)
     monkeypatch.setattr(train, "run_epoch", run_epoch)
+    time.sleep(1)  # TensorBoard reads files in the order of the seconds they were begun in
     shutil.copytree(place / "stopped", place / "shorter")
     command(train.main, "--work-path", place / "shorter", *TRAIN, "--resume", "--epochs", 2)
     shorter = json.loads((place / "shorter" / "basic" / "seed0" / "result.json").read_text())
     assert [record["epoch"] for record in shorter["history"]] == [1, 2] and shorter["epochs"] == 2
+    events = EventAccumulator(str(place / "shorter" / "basic" / "seed0" / "original")).Reload().Scalars("accuracy/test")
+    assert [event.step for event in events] == [1, 2]
 
-    time.sleep(1)  # TensorBoard reads files in the order of the seconds they were begun in
     command(train.main, "--work-path", place / "stopped", *TRAIN, "--resume")
     resumed = place / "stopped" / "basic" / "seed0"
     best = torch.load(whole / "state_best.pth.tar")
