@@ -1,17 +1,27 @@
 """How fast the attack and the training are, against the original's way, measured side by side: make bench
 
+    python -m tests.benchmarks.speed preresnet vgg
+
+measures only the lines whose names have one of the words.
+
 The original's way is robustness' AttackerModel in float32, attacking once for every attack of every method, and, for
 training, PIL transforms in loader workers, float32, images in torch's default memory format; on a GPU with TF32 in
 convolutions, which is torch's default. Ours is what auto picks. Both ways get random images and untrained models, by
 turns, and the best of several rounds counts; what the first call takes longer, compiling, is told apart. On a CPU the
 work is small.
+
+Small models leave a GPU mostly idle, so they are also trained several at once, a process for each, as
+python -m experiments --jobs does it. Processes take turns on a GPU unless NVIDIA's MPS lets them share it.
 """
 
 import io
 import platform
 import time
 from argparse import Namespace
-from contextlib import redirect_stderr
+from contextlib import contextmanager, redirect_stderr
+from functools import partial
+from itertools import chain
+from threading import BrokenBarrierError
 from typing import NamedTuple
 
 import torch
@@ -47,11 +57,16 @@ class Size(NamedTuple):
     base_batch: int
     models: dict
     workers: tuple  # loader workers of the original's way: of a training, and of the base classifier's
+    together: tuple  # models that are also trained several at once
+    jobs: int  # how many
 
+
+GPU_MODELS = {"preresnet110": 128, "vgg19": 128, "densenet100bc": 64}
+CPU_MODELS = {"preresnet20": 64, "vgg19": 64, "densenet100bc": 8}
 
 SIZES = {
-    "cuda": Size(128, 1000, 20, 100, 3, 128, {"preresnet110": 128, "vgg19": 128, "densenet100bc": 64}, (4, 16)),
-    "cpu": Size(16, 16, 1, 2, 2, 8, {"preresnet20": 64, "vgg19": 64, "densenet100bc": 8}, (2, 2)),
+    "cuda": Size(128, 1000, 20, 100, 3, 128, GPU_MODELS, (4, 16), ("preresnet110", "densenet100bc"), 4),
+    "cpu": Size(16, 16, 1, 2, 2, 8, CPU_MODELS, (2, 2), ("preresnet20",), 2),
 }
 
 
@@ -195,30 +210,77 @@ def train_reference(model, optimizer, loader, device):
         optimizer.step()
 
 
-def training_work(name, batch_size, device, precision, size):
-    """The line about training a model."""
+def our_epoch(name, batch_size, images, labels, device, precision):
+    """An epoch of train.py, as a function; images and labels lie on the device."""
     compiles = utils.pick_compile("auto", device)
     keys = {"architecture": name, "precision": precision, "compile": compiles, "batch_size": batch_size}
     config = EasyDict(CONFIG | keys)
-    learner = train.make_learner(config, device)
-    step = train.make_step(learner, config)
-    images, labels = random_split(size.batches * batch_size)
-    augmentation = transforms.Compose(
-        [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
-    )
-    pictures = Pictures(images, labels, augmentation)
-    loader = DataLoader(pictures, batch_size, shuffle=True, num_workers=size.workers[0], persistent_workers=True)
-    reference = MODELS[name](num_classes=10).to(device)
-    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1, **CONFIG["optimize"])
-    on_device = images.to(device), labels.to(device)
-    return Work(
-        f"train {name}, batch {batch_size}",
-        lambda: train_reference(reference, optimizer, loader, device),
-        len(images),
-        lambda: train.train_epoch(step, *on_device, config),
-        len(images),
-        cost_of(reference, utils.PRECISIONS[precision], 3),
-    )
+    step = train.make_step(train.make_learner(config, device), config)
+    return lambda: train.train_epoch(step, images, labels, config)
+
+
+def training_works(device, precision, size):
+    """The lines about training: each model alone, then some of them several at once, each count that of all images."""
+    works = {}
+    for name, batch_size in size.models.items():
+        images, labels = random_split(size.batches * batch_size)
+        augmentation = transforms.Compose(
+            [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+        )
+        pictures = Pictures(images, labels, augmentation)
+        loader = DataLoader(pictures, batch_size, shuffle=True, num_workers=size.workers[0], persistent_workers=True)
+        reference = MODELS[name](num_classes=10).to(device)
+        optimizer = torch.optim.SGD(reference.parameters(), lr=0.1, **CONFIG["optimize"])
+        works[name] = Work(
+            f"train {name}, batch {batch_size}",
+            partial(train_reference, reference, optimizer, loader, device),
+            len(images),
+            our_epoch(name, batch_size, images.to(device), labels.to(device), device, precision),
+            len(images),
+            cost_of(reference, utils.PRECISIONS[precision], 3),
+        )
+        yield works[name]
+    for name in size.together:
+        alone, count = works[name], size.jobs
+        with together(count, name, size) as epoch:
+            yield alone._replace(name=f"{alone.name}, {count} at once", ours=epoch, count=count * alone.count)
+
+
+@contextmanager
+def together(jobs, name, size):
+    """An epoch of training a model in several processes at once, on one device, as a function, while this is open."""
+    context = torch.multiprocessing.get_context("spawn")
+    gate = context.Barrier(jobs + 1, timeout=600)
+    processes = [context.Process(target=train_at, args=(gate, jobs, name, size), daemon=True) for _ in range(jobs)]
+    for process in processes:
+        process.start()
+
+    def epoch():
+        gate.wait()  # all begin
+        gate.wait()  # all have ended
+
+    yield epoch
+    gate.abort()
+    for process in processes:
+        process.join()
+
+
+def train_at(gate, jobs, name, size):
+    """One of several processes: train for an epoch whenever the gate opens, until it breaks."""
+    try:
+        torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+        device, _, precision, _ = set_up()
+        batch_size = size.models[name]
+        images, labels = (tensor.to(device) for tensor in random_split(size.batches * batch_size))
+        epoch = our_epoch(name, batch_size, images, labels, device, precision)
+        while True:
+            gate.wait()
+            seconds(epoch, device)
+            gate.wait()
+    except BrokenBarrierError:
+        pass  # all is measured, or another process failed
+    finally:
+        gate.abort()  # or the others would wait for this one
 
 
 def seconds(function, device):
@@ -256,21 +318,31 @@ def ceilings(device, precision):
     return 2 * n**3 / product, 2 * much.nbytes / copy
 
 
-def main():
+def set_up():
+    """What every process begins with; returns the device, and the precision that auto picks there, each with why."""
     device, reason = utils.pick_device()
-    precision, why = utils.pick_precision("auto", device)
-    size = SIZES[device.type]
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
+    return device, reason, *utils.pick_precision("auto", device)
+
+
+def main():
+    parser = utils.Parser(__doc__)
+    parser.add_argument("words", nargs="*", default=[""], help="measure only the lines with one of these words")
+    words = parser.parse_args().words
+    device, reason, precision, why = set_up()
+    size = SIZES[device.type]
     rates = ceilings(device, precision)
     print(f"{device} ({reason}), {precision} ({why}), torch {torch.__version__}, Python {platform.python_version()}")
     print(f"peak, as measured: {rates[0] / 1e12:.2f} TFLOP/s in a matrix product, {rates[1] / 1e9:.0f} GB/s in a copy")
-    works = [*attack_works(device, precision, size), base_work(device, precision, size)]
-    works += [training_work(name, batch, device, precision, size) for name, batch in size.models.items()]
+    base = [base_work(device, precision, size)]
+    works = chain(attack_works(device, precision, size), base, training_works(device, precision, size))
     columns = "work, for one image", "the original's way, ms", "ours, ms", "ratio", "of peak FLOP/s"
     columns += "of peak bandwidth", "first call, s"
     print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for work in tqdm(works, leave=False, disable=None):
+        if not any(word in work.name for word in words):
+            continue
         reference, ours, first = measure(work, device, size.rounds)
         shares = " | ".join(f"{cost / ours / rate:.0%}" for cost, rate in zip(work.cost, rates))
         times = f"{1e3 * reference:.3g} | {1e3 * ours:.3g} | {reference / ours:.1f}x"
