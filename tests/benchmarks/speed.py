@@ -18,7 +18,7 @@ import io
 import platform
 import time
 from argparse import Namespace
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from itertools import chain
 from threading import BrokenBarrierError
@@ -44,10 +44,11 @@ from graphs import Compiled
 from lockfiles import METHODS, attacks_of
 from models import MODELS
 from models.base import Batches, Surrogate, attacker_model, augment_photos, cuda_optional, speed_up
+from utils import UserError
 
 
 class Size(NamedTuple):
-    """How much is timed, and how often: images and steps of an attack, batches of a training, and their sizes."""
+    """How much is timed, and how often: images and steps of an attack, batches of a training, their sizes; models."""
 
     reference_batch: int
     batch: int
@@ -58,7 +59,7 @@ class Size(NamedTuple):
     models: dict
     workers: tuple  # loader workers of the original's way: of a training, and of the base classifier's
     together: tuple  # models that are also trained several at once
-    jobs: int  # how many
+    jobs: int  # in how many processes
 
 
 GPU_MODELS = {"preresnet110": 128, "vgg19": 128, "densenet100bc": 64}
@@ -165,7 +166,7 @@ def random_split(count):
     return torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8), torch.arange(count) % 10
 
 
-def base_work(device, precision, size):
+def base_works(device, precision, size):
     """The line about training a base classifier, by robustness' own loop both times."""
     from robustness import data_augmentation  # here: models.base has made it importable
     from robustness import train as loops
@@ -184,7 +185,8 @@ def base_work(device, precision, size):
     def epoch_of(loader, fast):
         model = attacker_model("resnet50", "cifar")
         if fast:
-            speed_up(model.model, args, device)
+            with redirect_stdout(io.StringIO()):  # it says what the table's head says already
+                speed_up(model.model, args, device)
         model = model.to(device)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
 
@@ -197,7 +199,7 @@ def base_work(device, precision, size):
     dtype = utils.PRECISIONS[args.precision]
     cost = cost_of(attacker_model("resnet50", "cifar").model, dtype, 3)
     name = f"train the base classifier, ResNet-50, batch {size.base_batch}"
-    return Work(name, epoch_of(loader, False), len(images), epoch_of(batches, True), len(images), cost)
+    yield Work(name, epoch_of(loader, False), len(images), epoch_of(batches, True), len(images), cost)
 
 
 def train_reference(model, optimizer, loader, device):
@@ -220,7 +222,10 @@ def our_epoch(name, batch_size, images, labels, device, precision):
 
 
 def training_works(device, precision, size):
-    """The lines about training: each model alone, then some of them several at once, each count that of all images."""
+    """The lines about training: each model alone, then some of them several at once, timed for an image of any.
+
+    The original's way is one process in both cases.
+    """
     works = {}
     for name, batch_size in size.models.items():
         images, labels = random_split(size.batches * batch_size)
@@ -248,21 +253,32 @@ def training_works(device, precision, size):
 
 @contextmanager
 def together(jobs, name, size):
-    """An epoch of training a model in several processes at once, on one device, as a function, while this is open."""
+    """An epoch of training a model in several processes at once, on one device, as a function, while this is open.
+
+    Its first call starts the processes. On a CPU they share the threads that one process would have.
+    """
     context = torch.multiprocessing.get_context("spawn")
-    gate = context.Barrier(jobs + 1, timeout=600)
-    processes = [context.Process(target=train_at, args=(gate, jobs, name, size), daemon=True) for _ in range(jobs)]
-    for process in processes:
-        process.start()
+    gate = context.Barrier(jobs + 1, timeout=1800)  # several may have to compile first
+    processes = []
 
     def epoch():
-        gate.wait()  # all begin
-        gate.wait()  # all have ended
+        if not processes:
+            arguments = {"target": train_at, "args": (gate, jobs, name, size), "daemon": True}
+            processes.extend(context.Process(**arguments) for _ in range(jobs))
+            for process in processes:
+                process.start()
+        try:
+            gate.wait()  # all begin
+            gate.wait()  # all have ended
+        except BrokenBarrierError as error:
+            raise UserError("one of the processes that train at once failed, see above") from error
 
-    yield epoch
-    gate.abort()
-    for process in processes:
-        process.join()
+    try:
+        yield epoch
+    finally:
+        gate.abort()
+        for process in processes:
+            process.join()
 
 
 def train_at(gate, jobs, name, size):
@@ -311,16 +327,16 @@ def measure(work, device, rounds):
 def ceilings(device, precision):
     """What the hardware reaches: operations a second in a product of matrices, and bytes a second in a copy.
 
-    The product is tried as a convolution of 1x1 too, which other libraries compute.
+    The product is tried as a convolution of 1x1 too, which another library computes (oneDNN or cuDNN).
     """
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=utils.PRECISIONS[precision])
     images, kernel = a.view(16, 16, n // 256, n).permute(0, 3, 1, 2), a[:, :, None, None]
     products = (lambda: a @ a, lambda: F.conv2d(images, kernel))
-    product = min(seconds(product, device) for product in products for _ in range(5))
+    fastest = min(seconds(product, device) for product in products for _ in range(5))
     much = torch.ones(2**30, dtype=torch.uint8, device=device)  # more than any cache holds
     copy = min(seconds(much.clone, device) for _ in range(5))
-    return 2 * n**3 / product, 2 * much.nbytes / copy
+    return 2 * n**3 / fastest, 2 * much.nbytes / copy
 
 
 def set_up():
@@ -340,8 +356,7 @@ def main():
     rates = ceilings(device, precision)
     print(f"{device} ({reason}), {precision} ({why}), torch {torch.__version__}, Python {platform.python_version()}")
     print(f"peak, as measured: {rates[0] / 1e12:.2f} TFLOP/s in a matrix product, {rates[1] / 1e9:.0f} GB/s in a copy")
-    base = [base_work(device, precision, size)]
-    works = chain(attack_works(device, precision, size), base, training_works(device, precision, size))
+    works = chain(*(kind(device, precision, size) for kind in (attack_works, base_works, training_works)))
     columns = "work, for one image", "the original's way, ms", "ours, ms", "ratio", "of peak FLOP/s"
     columns += "of peak bandwidth", "first call, s"
     print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
