@@ -62,12 +62,31 @@ class Size(NamedTuple):
     jobs: int  # in how many processes
 
 
-GPU_MODELS = {"preresnet110": 128, "vgg19": 128, "densenet100bc": 64}
-CPU_MODELS = {"preresnet20": 64, "vgg19": 64, "densenet100bc": 8}
-
 SIZES = {
-    "cuda": Size(128, 1000, 20, 100, 3, 128, GPU_MODELS, (4, 16), ("preresnet110", "densenet100bc"), 4),
-    "cpu": Size(16, 16, 1, 2, 2, 8, CPU_MODELS, (2, 2), ("preresnet20",), 2),
+    "cuda": Size(
+        reference_batch=128,
+        batch=1000,
+        steps=20,
+        batches=100,
+        rounds=3,
+        base_batch=128,
+        models={"preresnet110": 128, "vgg19": 128, "densenet100bc": 64},
+        workers=(4, 16),
+        together=("preresnet110", "densenet100bc"),
+        jobs=4,
+    ),
+    "cpu": Size(
+        reference_batch=16,
+        batch=16,
+        steps=1,
+        batches=2,
+        rounds=2,
+        base_batch=8,
+        models={"preresnet20": 64, "vgg19": 64, "densenet100bc": 8},
+        workers=(2, 2),
+        together=("preresnet20",),
+        jobs=2,
+    ),
 }
 
 
@@ -212,8 +231,10 @@ def train_reference(model, optimizer, loader, device):
         optimizer.step()
 
 
-def our_epoch(name, batch_size, images, labels, device, precision):
-    """An epoch of train.py, as a function; images and labels lie on the device."""
+def our_epoch(name, device, precision, size):
+    """An epoch of train.py, as a function; the images lie on the device."""
+    batch_size = size.models[name]
+    images, labels = (tensor.to(device) for tensor in random_split(size.batches * batch_size))
     compiles = utils.pick_compile("auto", device)
     keys = {"architecture": name, "precision": precision, "compile": compiles, "batch_size": batch_size}
     config = EasyDict(CONFIG | keys)
@@ -240,7 +261,7 @@ def training_works(device, precision, size):
             f"train {name}, batch {batch_size}",
             partial(train_reference, reference, optimizer, loader, device),
             len(images),
-            our_epoch(name, batch_size, images.to(device), labels.to(device), device, precision),
+            our_epoch(name, device, precision, size),
             len(images),
             cost_of(reference, utils.PRECISIONS[precision], 3),
         )
@@ -286,9 +307,7 @@ def train_at(gate, jobs, name, size):
     try:
         torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
         device, _, precision, _ = set_up()
-        batch_size = size.models[name]
-        images, labels = (tensor.to(device) for tensor in random_split(size.batches * batch_size))
-        epoch = our_epoch(name, batch_size, images, labels, device, precision)
+        epoch = our_epoch(name, device, precision, size)
         while True:
             gate.wait()
             seconds(epoch, device)
