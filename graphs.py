@@ -15,12 +15,13 @@ class Compiled:
 
     Batches of another size, such as the last one of a data set, and those without gradients go through the function
     itself: compiling once more would take longer than that. So does everything where torch.compile fails,
-    which it says. Given to a module in place of its forward, it leaves all else about the module as it is.
+    which it says. Given to a module in place of its forward, it leaves all else about the module as it is. Options go
+    to torch.compile.
     """
 
-    def __init__(self, function, batch_size, say=print):
+    def __init__(self, function, batch_size, say=print, **options):
         self.function, self.batch_size, self.say = function, batch_size, say
-        self.compiled = torch.compile(function, dynamic=False)
+        self.compiled = torch.compile(function, dynamic=False, **options)
 
     def __call__(self, images, *args, **kwargs):
         if self.compiled and torch.is_grad_enabled() and len(images) == self.batch_size:

@@ -479,7 +479,9 @@ def run(args, config, data, manifest, folder, suffix):
     torch.manual_seed(config.seed)
     torch.backends.cudnn.benchmark = True
     learner = make_learner(config, device)
-    utils.check_size(learner.model, as_inputs(data["original"][0][:1].to(device), config), config.architecture)
+    image = as_inputs(data["original"][0][:1].to(device), config)
+    utils.check_size(learner.model, image, config.architecture)
+    utils.check_last_batch(learner.model, image, len(data["train"][1]), config.batch_size, "batch_size")
 
     prepare_folder(folder, args)
     log = log_to(folder / "log.txt")

@@ -1,6 +1,7 @@
 """What lock.py, train.py and models/base.py share: user errors, writing files, devices, provenance."""
 
 import argparse
+import copy
 import difflib
 import math
 import os
@@ -243,6 +244,23 @@ def check_size(model, images, what):
     except (RuntimeError, AssertionError) as error:
         size = f"{images.shape[3]}x{images.shape[2]}"
         raise UserError(f"{what}: does not take images of {size} pixels; choose another, as preresnet20") from error
+
+
+def check_last_batch(model, image, count, batch_size, where):
+    """Raise UserError where an epoch of count images ends with one alone, of which a batch norm has just one value.
+
+    image is any [1, C, H, W]; where says where the batch size was named.
+    """
+    if (count % batch_size or batch_size) > 1:
+        return
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).train()(image)  # a copy: it changes running statistics
+    except ValueError as error:
+        raise UserError(
+            f"{where} {batch_size}: leaves the last of {count} images a batch of its own, which is too little for the "
+            "model's batch norm; choose another"
+        ) from error
 
 
 # Provenance

@@ -322,7 +322,8 @@ def speed_up(network, args, device):
     print(utils.describe(precision, why, compile))
     network.to(memory_format=torch.channels_last)
     if compile == "always":
-        network.forward = Compiled(network.forward, args.batch_size)
+        # as CUDA graphs, since a GPU would wait for robustness' loop to launch every kernel
+        network.forward = Compiled(network.forward, args.batch_size, mode="reduce-overhead")
     if precision != "float32":
         network.forward = in_half(network.forward, device, PRECISIONS[precision])
     torch.backends.cudnn.benchmark = True
@@ -351,7 +352,10 @@ def train():
     checkpoint = read_checkpoint(args.resume) if args.resume and args.resume_optimizer else None
     if checkpoint and "optimizer" not in checkpoint:
         raise UserError(f"{args.resume}: holds no optimizer; leave --resume-optimizer out")
-    utils.check_size(model.model, to_float(test_split.images[:1]), f"--arch {args.arch}")
+    image = to_float(test_split.images[:1])
+    utils.check_size(model.model, image, f"--arch {args.arch}")
+    if not args.eval_only:
+        utils.check_last_batch(model.model, image, len(train_split.labels), args.batch_size, "--batch-size")
     test_batches = Batches(test_split, device, args.batch_size)
     utils.make_folder(args.out_dir)
     store = make_store(main, args)

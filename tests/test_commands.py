@@ -200,6 +200,8 @@ def test_mistakes_in_training(place, user_error, command, tmp_path):
     assert "--alpha goes with --lock-method" in user_error(train.main, "--work-path", work, "--alpha", 0.3)
     assert "num_classes is 5" in user_error(train.main, "--work-path", work, "--num_classes", 5)
     assert "input_size is 28" in user_error(train.main, "--work-path", work, "--input_size", 28)
+    alone = ["--architecture", "mobilenet_v2", "--batch_size", 95, "--seed", 10]  # of 96 images
+    assert "batch_size 95: leaves the last of 96 images" in user_error(train.main, "--work-path", work, *alone)
     line = user_error(
         train.main, "--work-path", work, "--locked_train_label", place / "test_label_basic", "--dataset", "cifar10"
     )
@@ -235,6 +237,8 @@ def test_mistakes_in_the_base_classifier(place, user_error, tmp_path):
     assert "expected a number" in user_error(base.train, *flags, "--exp-name", "new", "--eps", "exit()")
     assert "--resume is required" in user_error(base.train, *flags, "--exp-name", "new", "--eval-only", 1)
     assert "--mixed-precision 1" in user_error(base.train, *flags, "--exp-name", "new", "--mixed-precision", 1)
+    line = user_error(base.train, *flags, "--exp-name", "new", "--arch", "mobilenet_v2", "--batch-size", 359)
+    assert "--batch-size 359: leaves the last of 1437 images" in line
     assert not (place / "new").exists()
 
 

@@ -1,7 +1,6 @@
 """Many runs at once, and what is gathered of them."""
 
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -56,26 +55,29 @@ def test_the_table_puts_seeds_together_beside_the_papers_numbers(results, comman
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_readme_says_what_the_results_say():
-    """A row's first cell names the run; in the table of locks, a column is a model."""
+def test_the_readmes_say_what_the_results_say():
+    """A row's first cell names the run; in the table of locks, a column is a model, and the second how many attacks
+    reached their target."""
     root = Path(__file__).parents[1]
-    lines = (root / "README.md").read_text().splitlines()
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `")]
-    (header,) = (line for line in lines if line.startswith("| lock |"))
-    models = [re.match(r"[\w ]*", cell)[0].strip() for cell in header.split("|")[1:-1]]
-    groups = study.gather([root / "results"])
+    lines = [line for path in ("README.md", "results/README.md") for line in (root / path).read_text().splitlines()]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
+    (header,) = (row for row in rows if row[0] == "lock" and row[1].startswith("attacks"))
+    models = [cell.partition(",")[0] for cell in header]
+    groups, of_lock2 = study.gather([root / "results"]), set()
     assert len(groups) == 10 + 4 - 1 + 9 + 13 + 15  # digits: ten variants, and four methods; CIFAR-10: three studies
     for group in groups:
         first = group[0]
         names = [first["name"]] if first["name"] else [first["lock_method"], "plain", first["architecture"]]
-        numbers = [study.spread([result[key] for result in group]) for key in ("orig_acc", "locked_acc")]
+        numbers = " / ".join(study.spread([result[key] for result in group]) for key in ("orig_acc", "locked_acc"))
+        found = [row for row in rows if numbers in row and row[0].rpartition("`, ")[2].strip("`") in names]
         if "_eps" in first["name"]:
-            column = models.index(first["architecture"])
-            found = [row for row in rows if row[column : column + 1] == [" / ".join(numbers)]]
-        else:
-            found = [row for row in rows if " | ".join(numbers) in " | ".join(row)]
-        heads = [row[0].rpartition("`, ")[2].strip("`") for row in found]
-        assert set(names) & set(heads), (names, numbers)
+            reached = f"{100 * first['lock']['report']['test']['attacks']['T1']:.0f}"
+            found = [row for row in found if row[1] == reached and row[models.index(first["architecture"])] == numbers]
+        assert found, (names, numbers)
+        if "lock2" in first["folder"].parts:
+            of_lock2.add((first["architecture"], numbers))
+    (repeated,) = (row for row in rows if row[0] == "that of `lock2`")
+    assert of_lock2.issuperset(list(zip(models, repeated))[2:])
 
 
 def test_mistakes(results, user_error, tmp_path):

@@ -379,13 +379,17 @@ def main():
     columns = "work, for one image", "the original's way, ms", "ours, ms", "ratio", "of peak FLOP/s"
     columns += "of peak bandwidth", "first call, s"
     print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    measured = 0
     for work in tqdm(works, leave=False, disable=None):
         if not any(word in work.name for word in words):
             continue
+        measured += 1
         reference, ours, first = measure(work, device, size.rounds)
         shares = " | ".join(f"{cost / ours / rate:.0%}" for cost, rate in zip(work.cost, rates))
         times = f"{1e3 * reference:.3g} | {1e3 * ours:.3g} | {reference / ours:.1f}x"
         print(f"| {work.name} | {times} | {shares} | {first:.1f} |", flush=True)
+    if not measured:
+        raise UserError(f"{' '.join(words)}: no line's name has one of these words")
 
 
 if __name__ == "__main__":
