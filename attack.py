@@ -37,7 +37,7 @@ def attack(classifier, images, targets, eps, step_size, steps, targeted=True, on
         x = x.detach().requires_grad_()  # the last one too, though in vain: without, it would be compiled once more
         logits = classifier(x)
         losses = F.cross_entropy(logits, targets, reduction="none") * (1 if targeted else -1)
-        better = losses.detach() < best_losses
+        better = (losses.detach() < best_losses) & losses.isfinite()
         best_losses = torch.where(better, losses.detach(), best_losses)
         best = torch.where(better[:, None, None, None], x.detach(), best)
         if step < steps:

@@ -136,7 +136,7 @@ def lock_batch(classifier, surrogate, images, labels, maps, sources, methods, ar
 
 
 def lock_split(classifier, surrogate, images, labels, maps, split, places, args, device, ranks):
-    """Lock a split, a batch at a time and a rank; writes a shard for each batch and method that has none yet.
+    """Lock a split, one batch a rank at a time; writes a shard for each batch and method that has none yet.
 
     places gives the Paths of each method. The target is computed from the true label on the training set, and on
     the test set from what the base classifier predicts, so that an image without a label can be locked too.
@@ -309,13 +309,18 @@ def unlock(args):
             f"--key {args.key}: not the key that {args.lock_data} was sealed with: its fingerprint is {mine}, and "
             f"sealed_with in the manifest is {', '.join(keys)}"
         )
-    paths = next(paths for paths, manifest in sealed.items() if manifest["sealed_with"] == mine)
+    sealed = {paths: manifest for paths, manifest in sealed.items() if manifest["sealed_with"] == mine}
+    paths = max(sealed, key=lambda paths: sealed[paths]["report"]["train"]["images"])  # a trial may lie beside it
     manifest, originals = sealed[paths], {}
     for split in SPLITS:
         locked, _ = lockfiles.load_split(paths, split, manifest)
         content = lockfiles.read_checked(paths, manifest, paths.file(split, "sealed"))
         originals[split] = sealing.unseal(content, locked, key, f"{paths.suffix} {split}")
     write_originals(Path(args.orig_data), originals, args.format or lockfiles.formats_of(paths, manifest))
+    for split, original in originals.items():
+        print(
+            f"{split}: {len(original.images)} images in {args.orig_data}, bit for bit as {paths.manifest} sealed them"
+        )
 
 
 def write_originals(out, originals, formats):
@@ -336,8 +341,6 @@ def write_originals(out, originals, formats):
         for path in staging.iterdir():
             path.rename(out / path.name)
         staging.rmdir()
-    for split, original in originals.items():
-        print(f"{split}: {len(original.images)} original images in {out}, bit for bit as they were before locking")
 
 
 def parse_arguments():

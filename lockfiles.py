@@ -148,14 +148,14 @@ def is_text(value):
 REPORT = {
     **dict.fromkeys(("images", "unchanged", "base_accuracy", "to_target", "to_true"), is_number),
     **dict.fromkeys(("l2_mean", "l2_max", "ssim"), is_number),
-    "attacks": is_dict_of({"T1", "T2", "T3", "T4"}.__contains__, is_number),
+    "attacks": lambda value: bool(value) and is_dict_of({"T1", "T2", "T3", "T4"}.__contains__, is_number)(value),
     "psnr": lambda value: value is None or is_number(value),
 }
 MANIFEST = {
     "settings": {
         "dataset": is_text,
         "classes": lambda value: isinstance(value, list) and all(is_text(name) and is_plain(name) for name in value),
-        "subset": lambda value: value is None or (is_number(value) and value > 0),
+        "subset": lambda value: value is None or (isinstance(value, int) and value > 0),
         "original_sha256": {split: {"images": is_text, "labels": is_text} for split in SPLITS},
     },
     "report": {split: REPORT for split in SPLITS},

@@ -53,20 +53,16 @@ def refuse_others(where, then, now):
             start = max(0, len(os.path.commonprefix([old, new])) - 10)  # long ones may begin alike
             raise UserError(
                 f"{where} was made with {key} {old[start:][:40]}, but now it is {new[start:][:40]}; "
-                "name another folder with --lock-data, or replace it with --overwrite"
+                "set that back, name another folder with --lock-data, or replace it with --overwrite"
             )
 
 
-def finished(paths, settings, args):
+def find_finished(paths, settings, overwrite):
     """The manifest of a finished lock of these settings, or None where there is something to do.
 
-    Raises UserError where files of other settings, or of other origin, would be replaced without --overwrite, and
-    where seals would be lost.
+    Raises UserError where files of other settings, or of other origin, would be replaced without --overwrite.
     """
-    if args.overwrite:
-        seal = next((path for path in paths.groups()["sealed"] if path.exists()), None)
-        if seal and not args.key_out:
-            raise UserError(f"{seal}: --overwrite would delete this seal for good; give --key-out, or take it away")
+    if overwrite:
         return None
     manifest = lockfiles.read_manifest(paths)
     if manifest:
@@ -96,8 +92,11 @@ def check_finished(paths, manifest, key_out):
 
 
 def check_places(places, args):
-    """Raise UserError where a lock would replace what is not of a lock, or even the originals."""
+    """Raise UserError where a lock would replace a seal, what is not of a lock, or even the originals."""
     for paths in places.values():
+        seal = next((path for path in paths.groups()["sealed"] if path.exists()), None)
+        if seal and args.overwrite and not args.key_out:
+            raise UserError(f"{seal}: --overwrite would delete this seal for good; give --key-out, or take it away")
         if "png" in args.format and paths.tree.exists() and not paths.has_tree():
             raise UserError(f"{paths.tree} exists, and is not of a lock; name another folder with --lock-data")
         tree, originals = paths.tree.resolve(), Path(args.orig_data).resolve()
@@ -118,7 +117,7 @@ def prepare(places, settings, args):
     Raises UserError before anything is changed.
     """
     check_places(places, args)
-    manifests = {method: finished(paths, settings[method], args) for method, paths in places.items()}
+    manifests = {method: find_finished(paths, settings[method], args.overwrite) for method, paths in places.items()}
     for method, paths in places.items():
         if manifests[method]:
             check_finished(paths, manifests[method], args.key_out)
@@ -143,7 +142,7 @@ def begin(paths, settings):
     """Make the folder of shards, with those of an interrupted lock of these settings in it."""
     try:
         begun = begun_with(paths)
-    except UserError:  # damaged, and to be overwritten: finished() has seen it
+    except UserError:  # damaged, and to be overwritten: find_finished has seen it
         begun = None
     if begun != settings:
         utils.discard(paths.partial, paths.trash)

@@ -235,8 +235,13 @@ def previous(checkpoint):
     return checkpoint.with_name(checkpoint.name.replace(".pth.tar", "_previous.pth.tar"))
 
 
+def best_of(checkpoint):
+    """The path of the checkpoint that was best on the locked test set."""
+    return checkpoint.with_name(checkpoint.name.replace(".pth.tar", "_best.pth.tar"))
+
+
 def save_checkpoint(path, learner, epoch, history, config, data_hash):
-    """Write all that --resume needs, after an epoch; history is the list of evaluations so far.
+    """Write all that --resume needs, after an epoch; history is the list of the evaluations so far.
 
     History and config are JSON: pickled, equal objects can differ in their bytes, and here they never do.
     """
@@ -252,6 +257,19 @@ def save_checkpoint(path, learner, epoch, history, config, data_hash):
     file = io.BytesIO()
     torch.save(state, file)
     write_file(path, file.getvalue())
+
+
+def keep_epoch(checkpoint, learner, epoch, record, history, config, data_hash):
+    """Add an epoch's record, if it has one, to the history, and write its checkpoint; a second one where it is the best
+    on the locked test set. The checkpoint of the epoch before is kept too."""
+    is_best = record and record["locked_acc"] > max((earlier["locked_acc"] for earlier in history), default=-1)
+    history += [record] if record else []
+    state = learner, epoch, history, config, data_hash
+    if is_best:  # the best first: were it second, a run stopped between the two would never write it
+        save_checkpoint(best_of(checkpoint), *state)
+    if checkpoint.exists():
+        os.replace(checkpoint, previous(checkpoint))
+    save_checkpoint(checkpoint, *state)
 
 
 def read_checkpoint(checkpoint, log):
@@ -274,7 +292,6 @@ def read_checkpoint(checkpoint, log):
         return state
     if damaged:
         raise UserError(f"{damaged}, and there is no other; start again with --overwrite")
-    log(f"nothing to resume in {checkpoint}: starting at epoch 1")
     return None
 
 
@@ -324,6 +341,8 @@ def parse_arguments():
         raise UserError(f"--name {args.name}: must be the name of a folder, and not begin with a dot or with seed")
     overrides = {key: value for key, value in vars(args).items() if key in flatten(CONFIG) and value is not None}
     config = load_config(Path(args.work_path, "config.yaml"), overrides)
+    if args.resume and args.overwrite:
+        raise UserError("--resume goes on with a run, --overwrite starts it again: give one of them")
     given = {name: value for name in ("alpha", "lambd") if (value := getattr(args, name)) is not None}
     if given and not args.lock_method:
         raise UserError(f"--{min(given)} goes with --lock-method")
@@ -341,8 +360,6 @@ def parse_arguments():
 def prepare_folder(folder, args):
     """Empty a run's folder, but for --resume; raises UserError where that would lose a run."""
     found = [path for path in folder.iterdir() if path.name != ".lock"]
-    if args.resume and args.overwrite:
-        raise UserError("--resume goes on with a run, --overwrite starts it again: give one of them")
     if args.resume or not found:
         return
     if not args.overwrite:
@@ -351,6 +368,15 @@ def prepare_folder(folder, args):
         )
     for path in found:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def check_fresh(folder, checkpoint):
+    """Raise UserError where a run without its checkpoint is more than the beginning of one, and would be lost."""
+    for path in [folder / "result.json", *folder.rglob("*.pth.tar")]:
+        if path.exists() and path != best_of(checkpoint):  # a run stopped in its first epoch may have that one alone
+            raise UserError(
+                f"--resume: there is {path}, but no {checkpoint} to go on from; start again with --overwrite"
+            )
 
 
 def summary(config, suffix, name, history):
@@ -500,24 +526,20 @@ def run(args, config, data, manifest, folder, suffix):
     if state:
         restore(state, learner, config, data_hash)
         done, history = state["epoch"], json.loads(state["history"])
+    elif args.resume:
+        check_fresh(folder, checkpoint)
+        log(f"nothing to resume in {checkpoint}: starting at epoch 1")
     writers = open_writers(folder, done + 1)
     picture = show_pictures(data, folder, writers["run"])
     data = {name: (images.to(device), labels.to(device)) for name, (images, labels) in data.items()}
+    keep = partial(keep_epoch, checkpoint, learner, history=history, config=config, data_hash=data_hash)
     if done == config.epochs and history[-1]["epoch"] < done:  # it was to go on when it was trained
-        history.append({"epoch": done, **evaluate_both(learner.model, data, done, config, writers)})
+        keep(done, {"epoch": done, **evaluate_both(learner.model, data, done, config, writers)})
 
     epochs, step = range(done + 1, config.epochs + 1), make_step(learner, config, log)
     made_with = note_start(folder / "made_with.json", epochs, device)
     for epoch in epochs:
-        record = run_epoch(learner, step, data, epoch, config, writers, log)
-        is_best = record and record["locked_acc"] > max((earlier["locked_acc"] for earlier in history), default=-1)
-        history += [record] if record else []
-        if is_best:  # the best first: were it second, a run stopped between the two would never write it
-            best = checkpoint.with_name(f"{config.ckpt_name}_best.pth.tar")
-            save_checkpoint(best, learner, epoch, history, config, data_hash)
-        if checkpoint.exists():
-            os.replace(checkpoint, previous(checkpoint))
-        save_checkpoint(checkpoint, learner, epoch, history, config, data_hash)
+        keep(epoch, run_epoch(learner, step, data, epoch, config, writers, log))
     result = summary(config, suffix, args.name, history)
     add_hparams(writers["run"], config, result)
     for writer in writers.values():

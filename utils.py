@@ -106,17 +106,17 @@ def naming(path):
         raise OSError(error.errno, error.strerror or str(error), str(error.filename or path)) from error
 
 
-def write_file(path, content, mode=0o666):
+def write_file(path, content):
     """Put bytes in a file's place: the file is the old one or the new one, whole, whenever the power fails.
 
-    mode is that of a new file, less the umask. An OSError names the file.
+    An OSError names the file.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     with naming(path):
         try:
             temporary.unlink(missing_ok=True)  # a killed process leaves it behind
-            with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            with open(temporary, "xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -241,9 +241,13 @@ def check_size(model, images, what):
     try:
         with torch.no_grad():
             model.eval()(images)
+    except torch.cuda.OutOfMemoryError:
+        raise
     except (RuntimeError, AssertionError) as error:
         size = f"{images.shape[3]}x{images.shape[2]}"
-        raise UserError(f"{what}: does not take images of {size} pixels; choose another, as preresnet20") from error
+        raise UserError(
+            f"{what}: does not take images of {size} pixels ({first_line(error)}); choose another, as preresnet20"
+        ) from error
 
 
 def check_last_batch(model, image, count, batch_size, where):

@@ -126,7 +126,7 @@ def run_all(args, rest):
 def gather(folders):
     """The content of every result.json below the folders, and its folder, put together where only the seed differs.
 
-    Returns a list of lists of results.
+    Returns a list of lists of results. Of a result that was copied there is one.
     """
     groups = {}
     for path in sorted({path.resolve() for folder in folders for path in Path(folder).rglob("result.json")}):
@@ -141,17 +141,26 @@ def gather(folders):
                 key: {record["epoch"]: float(record[key]) for record in result["history"]}
                 for key in ("locked_acc", "orig_acc")
             }
+            result["lock_name"] = lock_of(result)
             lock = result["lock"] and result["lock"]["settings"]
-            groups.setdefault(json.dumps([same, {**config, "seed": None}, lock]), []).append(result)
+            group = groups.setdefault(json.dumps([same, {**config, "seed": None}, lock]), {})
+            group[json.dumps([result["seed"], result["history"]])] = result
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a result of train.py, or damaged; take it away, or run that again") from error
-    return sorted(groups.values(), key=place_in_table)
+    return sorted(([*group.values()] for group in groups.values()), key=place_in_table)
 
 
 def method_of(result):
     """The lock method of a result, and the parameters that differ from the paper's."""
     parameters = [f" {name} {result[name]:g}" for name in ("alpha", "lambd") if result.get(name, 0.5) != 0.5]
     return result["lock_method"] + "".join(parameters)
+
+
+def lock_of(result):
+    """The base classifier of a result's lock, with the start of its checkpoint's SHA-256, and eps."""
+    if not result["lock"]:
+        return "no manifest"
+    return "{arch:s} {base_sha256:.7s}, eps {eps:g}".format(**result["lock"]["settings"])
 
 
 def place_in_table(group):
@@ -167,18 +176,20 @@ def spread(values):
 
 
 def table(groups):
-    """The accuracies of every group, as a table in Markdown."""
-    lines = [
-        "| data set | model | method | variant | epochs | seeds | original, % | locked, % | paper, original / locked |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    """The accuracies of every group, as a table in Markdown: after the last epoch, and the largest on original images
+    on the way, which is what stopping there would have given."""
+    columns = "data set", "model", "method", "variant", "lock", "epochs", "runs", "original, %", "at most, %"
+    columns += "locked, %", "paper, original / locked"
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for group in groups:
         first = group[0]
         known = PAPER if first["dataset"] == "cifar10" and not first["name"] else {}
         paper = known.get((first["architecture"], first["method"]))
         cells = [first[key] for key in ("dataset", "architecture", "method")]
-        cells += [first["name"] or "plain", first["epochs"], len(group)]
-        cells += [spread([result[key] for result in group]) for key in ("orig_acc", "locked_acc")]
+        cells += [first["name"] or "plain", first["lock_name"], first["epochs"], len(group)]
+        most = [max(result["curves"]["orig_acc"].values()) for result in group]
+        for values in ([result["orig_acc"] for result in group], most, [result["locked_acc"] for result in group]):
+            cells.append(spread(values))
         cells.append(f"{paper[0]:.2f} / {paper[1]:.2f}" if paper else "")
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

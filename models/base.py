@@ -313,7 +313,7 @@ def report(store, key):
 
 
 def speed_up(network, args, device):
-    """Let a network of AttackerModel compute in the precision, compiled where so asked for; it stays the same else."""
+    """Let a network of AttackerModel compute in the precision, compiled where so asked for; all else of it stays."""
     precision, why = utils.pick_precision(args.precision, device)
     if precision == "float16":
         precision, why = "float32", "robustness does not scale the loss, as float16 needs it"

@@ -95,6 +95,12 @@ def test_an_iterate_without_a_finite_loss_is_not_kept():
     for targeted in (True, False):
         assert torch.equal(attack(classifier, images, torch.tensor([0, 1, 0]), 0.5, 0.1, 3, targeted), images)
 
+    def sure_elsewhere(x):  # of class 1, wherever it is not shown the images themselves
+        logits = torch.stack([-x.sum((1, 2, 3)), x.sum((1, 2, 3))], 1)
+        return logits if torch.equal(x, images) else logits + torch.tensor([-torch.inf, 0])
+
+    assert torch.equal(attack(sure_elsewhere, images, torch.zeros(3, dtype=int), 0.5, 0.1, 1, targeted=False), images)
+
 
 def test_an_image_is_attacked_alike_in_any_batch():
     classifier, images, targets = small_classifier().double(), saturated_images(7).double(), torch.randint(10, (7,))

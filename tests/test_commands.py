@@ -86,7 +86,9 @@ def test_train_and_resume(place, command, monkeypatch, capsys):
     command(train.main, "--work-path", place / "shorter", *TRAIN, "--resume", "--epochs", 2)
     shorter = json.loads((place / "shorter" / "basic" / "seed0" / "result.json").read_text())
     assert [record["epoch"] for record in shorter["history"]] == [1, 2] and shorter["epochs"] == 2
-    events = EventAccumulator(str(place / "shorter" / "basic" / "seed0" / "original")).Reload().Scalars("accuracy/test")
+    folder = place / "shorter" / "basic" / "seed0"
+    assert torch.load(folder / "state_best.pth.tar")["epoch"] == shorter["best_epoch"]
+    events = EventAccumulator(str(folder / "original")).Reload().Scalars("accuracy/test")
     assert [event.step for event in events] == [1, 2]
 
     command(train.main, "--work-path", place / "stopped", *TRAIN, "--resume")
@@ -139,6 +141,20 @@ def test_each_method_and_seed_has_its_own_folder(place, command):
 def test_resume_where_nothing_was_started_starts(place, command, capsys):
     command(train.main, "--work-path", place / "preresnet8", "--epochs", 1, "--seed", 8, "--resume")
     assert "nothing to resume" in capsys.readouterr().out
+
+
+def test_a_run_whose_checkpoint_is_gone_is_not_started_again(place, command, user_error):
+    run = ["--work-path", place / "preresnet8", "--epochs", 1, "--seed", 7]
+    command(train.main, *run)
+    folder = place / "preresnet8" / "basic" / "seed7"
+    result = (folder / "result.json").read_bytes()
+    line = user_error(train.main, *run, "--resume", "--ckpt_name", "other")
+    assert f"{folder}/result.json, but no {folder}/other.pth.tar" in line
+    (folder / "result.json").rename(folder / "kept")
+    assert f"{folder}/ckpt" in user_error(train.main, *run, "--resume", "--ckpt_name", "other")
+    (folder / "ckpt.pth.tar").unlink()
+    command(train.main, *run, "--resume")  # as if it had been stopped while it wrote its first checkpoints
+    assert (folder / "result.json").exists() and result
 
 
 def test_what_a_run_may_be_resumed_with(place, command, user_error, tmp_path):
@@ -210,7 +226,10 @@ def test_mistakes_in_training(place, user_error, command, tmp_path):
 
 def test_mistakes_in_locking(place, user_error, tmp_path):
     line = user_error(lock.main, *lock_flags(place), "--eps", 0.7)
-    assert "lock_basic.json was made with eps 0.5, but now it is 0.7; name another folder with --lock-data" in line
+    assert (
+        "lock_basic.json was made with eps 0.5, but now it is 0.7; set that back, name another folder with --lock-data"
+        in line
+    )
     elsewhere = [*lock_flags(place), "--lock-data", tmp_path / "new"]
     assert "no such checkpoint" in user_error(lock.main, *elsewhere, "--resume-path", tmp_path / "none")
     line = user_error(lock.main, *elsewhere, "--lock-method", "basic", "mixup", "--alpha", 0.3)

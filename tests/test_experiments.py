@@ -33,7 +33,8 @@ def results(tmp_path):
         {"name": "jpeg10"},
         {"dataset": "digits"},
         {"config": {"epochs": 2, "seed": 0, "batch_size": 8}},
-        {"lock": {"settings": {"eps": 2.0}}},
+        {"lock": {"settings": {"eps": 2.0, "arch": "resnet50", "base_sha256": "0123456789"}}},
+        {"dataset": "digits"},  # a copy
     ]
     for index, other in enumerate([{}, *others]):  # only the second is of the same kind as the first
         folder = tmp_path / "runs" / str(index)
@@ -45,12 +46,13 @@ def results(tmp_path):
 def test_the_table_puts_seeds_together_beside_the_papers_numbers(results, command, capsys, tmp_path):
     command(study.main, "--work-path", results, results / "0", "--plot", tmp_path / "curves.png")
     assert capsys.readouterr().out.splitlines()[2:] == [
-        "| cifar10 | vgg19 | basic | plain | 2 | 2 | 29.00 ± 1.41 | 93.00 ± 0.00 | 28.77 / 93.58 |",
-        "| cifar10 | vgg19 | basic | plain | 2 | 1 | 28.00 | 93.00 | 28.77 / 93.58 |",
-        "| cifar10 | vgg19 | basic | plain | 2 | 1 | 28.00 | 93.00 | 28.77 / 93.58 |",
-        "| cifar10 | vgg19 | basic | jpeg10 | 2 | 1 | 28.00 | 93.00 |  |",
-        "| cifar10 | vgg19 | horiz alpha 0.3 | plain | 2 | 1 | 28.00 | 93.00 |  |",
-        "| digits | vgg19 | basic | plain | 2 | 1 | 28.00 | 93.00 |  |",
+        "| cifar10 | vgg19 | basic | plain | no manifest | 2 | 2 | 29.00 ± 1.41 | 29.00 ± 0.00 | 93.00 ± 0.00 "
+        "| 28.77 / 93.58 |",
+        "| cifar10 | vgg19 | basic | plain | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 | 28.77 / 93.58 |",
+        "| cifar10 | vgg19 | basic | plain | resnet50 0123456, eps 2 | 2 | 1 | 28.00 | 29.00 | 93.00 | 28.77 / 93.58 |",
+        "| cifar10 | vgg19 | basic | jpeg10 | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
+        "| cifar10 | vgg19 | horiz alpha 0.3 | plain | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
+        "| digits | vgg19 | basic | plain | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
     ]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 

@@ -126,11 +126,3 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
         write_file(path, b"new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_written_file_can_be_read_by_others_unless_asked_otherwise(tmp_path):
-    write_file(tmp_path / "file", b"new")
-    write_file(tmp_path / "secret", b"new", mode=0o600)
-    (tmp_path / "ordinary").touch()
-    assert (tmp_path / "file").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
-    assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600

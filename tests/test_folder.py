@@ -140,7 +140,7 @@ def test_the_three_commands_and_back(digits, command, user_error, tmp_path):
     assert "has 4 classes, but num_classes is 5; set it to 4" in user_error(train.main, *again, "--num_classes", 5)
     for name in ("vgg19", "vit"):
         line = user_error(train.main, *again, "--architecture", name)
-        assert f"{name}: does not take images of 24x20 pixels; choose another" in line
+        assert f"{name}: does not take images of 24x20 pixels (" in line
     assert json.loads((tmp_path / "basic" / "seed0" / "result.json").read_text()) == result
 
 
@@ -164,5 +164,5 @@ def test_mistakes_with_a_folder(digits, user_error, tmp_path):
         assert "what is handed out and the originals in" in line
     line = user_error(base.train, "--dataset", "folder", "--data", digits / "photos", "--adv-train", 0, "--arch",
                       "resnet18", "--out-dir", tmp_path, "--exp-name", "new", "--workers", 0)  # fmt: skip
-    assert "--arch resnet18: does not take images of 24x20 pixels; choose another" in line
+    assert "--arch resnet18: does not take images of 24x20 pixels (" in line
     assert not (tmp_path / "new").exists()

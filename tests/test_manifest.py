@@ -139,6 +139,8 @@ def test_verify(place, locked, command, user_error, capsys):
         lambda manifest: manifest["report"]["test"].pop("psnr"),
         lambda manifest: manifest["report"]["train"].update(l2_mean=10**400),
         lambda manifest: manifest["report"]["train"]["attacks"].update({"{0}\nevery file is as it was locked": 1}),
+        lambda manifest: manifest["report"]["train"]["attacks"].clear(),
+        lambda manifest: manifest["settings"].update(subset=1.5),
     ],
 )
 def test_a_manifest_that_no_lock_writes(locked, user_error, change):
@@ -284,7 +286,7 @@ def test_a_finished_lock_is_not_computed_again(place, locked, command, user_erro
     command(lock.main, *lock_flags(place, locked), "--lock-method", "basic", "horiz")
     assert "lock_basic.json: finished already" in capsys.readouterr().out
     line = user_error(lock.main, *lock_flags(place, locked), "--attack-steps", 4)
-    assert "was made with attack_steps 3, but now it is 4; name another folder with --lock-data" in line
+    assert "was made with attack_steps 3, but now it is 4; set that back, name another folder with --lock-data" in line
     (locked / "lock_basic.json").unlink()
     assert f"{locked}/train_image_basic exists" in user_error(lock.main, *lock_flags(place, locked))
     (locked / "lock_basic.json").write_bytes(before[locked / "lock_basic.json"])

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+import utils
 from models import MODELS
 
 # Counts of CIFAR-ZOO's models with ten classes, and below them of torchvision's.
@@ -42,3 +43,13 @@ def test_he_initialisation(name):
             assert module.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.05)
         if isinstance(module, nn.BatchNorm2d):
             assert (module.weight == 1).all() and (module.bias == 0).all()
+
+
+def test_a_full_memory_is_not_taken_for_images_of_a_wrong_size():
+    def fills_the_memory(images):
+        raise torch.cuda.OutOfMemoryError
+
+    model = nn.Identity()
+    model.forward = fills_the_memory
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        utils.check_size(model, torch.rand(1, 3, 8, 8), "--arch resnet50")

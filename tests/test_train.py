@@ -1,6 +1,5 @@
 """The training loop: schedules, what is trained and evaluated, what is reported."""
 
-import json
 import math
 
 import pytest
@@ -206,4 +205,3 @@ def test_summary():
         "locked_acc": 94, "orig_acc": 21, "best_epoch": 2, "best_locked_acc": 95, "orig_acc_at_best": 30,
         "max_orig_acc": 58,
     }  # fmt: skip
-    assert json.dumps(history)
