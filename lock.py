@@ -213,6 +213,7 @@ def lock_dataset(args):
     device, reason = utils.pick_device()
     args.precision, why = utils.pick_precision(args.precision, device)
     args.compile = utils.pick_compile(args.compile, device)
+    args.batch_size = args.batch_size or default_batch_size(splits["train"].images, device)
     torch.backends.cudnn.benchmark = True
     classifier = load_classifier(args.resume_path, args.arch, args.dataset, len(classes)).to(device)
     utils.check_size(classifier, to_float(splits["train"].images[:1]).to(device), f"--arch {args.arch}")
@@ -252,6 +253,16 @@ def write_locks(places, manifests, settings, splits, args):
         else:
             manifest = shards.finish(paths, settings[method], splits, args.format, key)
         print(describe(paths, manifest))
+
+
+# How many images of 32x32 pixels to attack at once: so many that a GPU waits for no launch, few enough for its memory.
+BATCH_SIZES = {"cuda": 500, "cpu": 128}
+
+
+def default_batch_size(images, device):
+    """How many images [N, C, H, W] to attack at once, by their size."""
+    height, width = images.shape[2:]
+    return max(1, BATCH_SIZES[device.type] * 32 * 32 // (height * width))
 
 
 def check_splits(splits, where):
@@ -380,7 +391,11 @@ def parse_arguments():
         default="auto",
         help="use torch.compile, which takes about a minute; auto: on a GPU (default: %(default)s)",
     )
-    add("--batch-size", type=number(int, 1), default=128, help="images attacked at once (default: %(default)s)")
+    add(
+        "--batch-size",
+        type=number(int, 1),
+        help="images attacked at once (default: of 32x32 pixels 500 on a GPU and 128 on a CPU, of larger ones fewer)",
+    )
     add("--subset", type=number(int, 1), help="lock only the first SUBSET images of each split")
     add(
         "--manual-seed",

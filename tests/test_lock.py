@@ -189,3 +189,9 @@ def test_locked_cifar10_is_aligned_with_the_batch_files(split, tmp_path):
     assert labels[-16:].tolist() == batch[b"labels"][-16:]
     distances = (to_float(locked) - to_float(originals)).flatten(1).norm(dim=1)
     assert 0 < distances.min() and distances.max() < 0.5 + 0.5 / 255 * 3072**0.5
+
+
+def test_larger_images_are_attacked_in_smaller_batches():
+    cpu = torch.device("cpu")
+    sizes = [lock.default_batch_size(torch.empty(1, 3, size, 2 * size), cpu) for size in (16, 32, 64, 500)]
+    assert sizes == [256, 64, 16, 1]

@@ -65,7 +65,7 @@ class Size(NamedTuple):
 SIZES = {
     "cuda": Size(
         reference_batch=128,
-        batch=1000,
+        batch=lock.BATCH_SIZES["cuda"],
         steps=20,
         batches=100,
         rounds=3,
