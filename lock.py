@@ -211,11 +211,11 @@ def lock_dataset(args):
     check_splits(splits, args.orig_data)
     classes = splits["train"].classes
     device, reason = utils.pick_device()
-    args.precision, why = utils.pick_precision(args.precision, device)
-    args.compile = utils.pick_compile(args.compile, device)
-    args.batch_size = args.batch_size or default_batch_size(splits["train"].images, device)
     torch.backends.cudnn.benchmark = True
     classifier = load_classifier(args.resume_path, args.arch, args.dataset, len(classes)).to(device)
+    args.precision, why = ranks.on_first(utils.pick_precision, args.precision, device, classifier)
+    args.compile = ranks.on_first(utils.pick_compile, args.compile, device)
+    args.batch_size = args.batch_size or ranks.on_first(default_batch_size, splits["train"].images, device)
     utils.check_size(classifier, to_float(splits["train"].images[:1]).to(device), f"--arch {args.arch}")
     surrogate = Surrogate(classifier, PRECISIONS[args.precision])
     if args.compile == "always":
@@ -382,8 +382,8 @@ def parse_arguments():
         "--precision",
         choices=["auto", *PRECISIONS],
         default="auto",
-        help="what the gradients are computed in; auto: float32 on a CPU, bfloat16 or float16 on a GPU that is "
-        "faster so (default: %(default)s)",
+        help="what the gradients are computed in; auto: bfloat16 or float16 on a GPU that is faster so, bfloat16 on a "
+        "CPU with AMX, else float32 (default: %(default)s)",
     )
     add(
         "--compile",

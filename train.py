@@ -65,10 +65,14 @@ class Learner(NamedTuple):
     scaler: torch.amp.GradScaler  # float16 has no room for small gradients; for other precisions it does nothing
 
 
-def make_learner(config, device):
-    """A new model, as the config says and on the device, and what trains it."""
+def make_model(config):
+    """A new model, as the config says."""
+    return MODELS[config.architecture](num_classes=config.num_classes)
+
+
+def make_learner(model, config, device):
+    """A model, moved to the device, and what trains it as the config says."""
     # channels_last is the order in which convolutions are fast, on CPUs as on GPUs
-    model = MODELS[config.architecture](num_classes=config.num_classes)
     model = model.to(device, memory_format=torch.channels_last)
     lr = torch.tensor(config.lr_scheduler.base_lr, device=device)  # a tensor: a step in a CUDA graph reads it anew
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, fused=True, **config.optimize)
@@ -500,11 +504,12 @@ def show_pictures(data, folder, writer):
 def run(args, config, data, manifest, folder, suffix):
     """Train in a folder, from the start or from the last whole checkpoint; writes all that a run leaves behind."""
     device, reason = utils.pick_device(config.use_gpu)
-    config.precision, why = utils.pick_precision(config.precision, device)
-    config.compile = utils.pick_compile(config.compile, device)
     torch.manual_seed(config.seed)
     torch.backends.cudnn.benchmark = True
-    learner = make_learner(config, device)
+    model = make_model(config)
+    config.precision, why = utils.pick_precision(config.precision, device, model)
+    config.compile = utils.pick_compile(config.compile, device)
+    learner = make_learner(model, config, device)
     image = as_inputs(data["original"][0][:1].to(device), config)
     utils.check_size(learner.model, image, config.architecture)
     utils.check_last_batch(learner.model, image, len(data["train"][1]), config.batch_size, "batch_size")

@@ -194,7 +194,11 @@ def flatten(tree, prefix=""):
 
 
 def pick_device(use_gpu=True):
-    """The device to compute on, and why, as a pair (torch.device, str); the processes of torchrun share the GPUs."""
+    """The device to compute on, and why, as a pair (torch.device, str); the processes of torchrun share the GPUs.
+
+    From here on, no GPU rounds what it multiplies to TF32: float32 means float32.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if use_gpu and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.cuda.set_device(device)
@@ -206,21 +210,31 @@ def pick_device(use_gpu=True):
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def pick_precision(name, device):
-    """The precision to compute in, one of PRECISIONS, and why, as a pair; name is one of them, or auto.
-
-    float32 means float32: from here on, no GPU rounds its inputs to TF32.
-    """
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+def pick_precision(name, device, model):
+    """The precision to compute a model in, one of PRECISIONS, and why, as a pair; name is one of them, or auto."""
     if name != "auto":
         return name, "as asked for"
-    if device.type != "cuda":
-        return "float32", "exact and repeatable on a CPU"
-    if torch.cuda.get_device_capability(device) >= (8, 0):
-        return "bfloat16", "this GPU multiplies matrices faster in it"
-    if torch.cuda.get_device_capability(device) >= (7, 0):
-        return "float16", "this GPU multiplies matrices faster in it, and has no bfloat16"
-    return "float32", "this GPU is not faster in less"
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return "bfloat16", "this GPU multiplies matrices faster in it"
+        if torch.cuda.get_device_capability(device) >= (7, 0):
+            return "float16", "this GPU multiplies matrices faster in it, and has no bfloat16"
+        return "float32", "this GPU is not faster in less"
+    if suits_amx(model):
+        return "bfloat16", "this CPU's AMX multiplies matrices faster in it"
+    return "float32", "this CPU is not known to be faster in less"
+
+
+def suits_amx(model):
+    """Whether the CPU has AMX, which multiplies matrices of bfloat16, and the model's layers gain by it.
+
+    Models of ordinary convolutions were 1.6 to 3.7 times as fast on a Xeon, those with depthwise ones or attention
+    up to three times slower.
+    """
+    amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)  # older versions of torch do not tell
+    return amx and not any(
+        isinstance(layer, torch.nn.MultiheadAttention) or getattr(layer, "groups", 1) > 1 for layer in model.modules()
+    )
 
 
 COMPILE = ("auto", "always", "never")  # when to use torch.compile

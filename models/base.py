@@ -220,7 +220,7 @@ def parse_arguments(main):
         "--precision",
         choices=["auto", "float32", "bfloat16"],
         default="auto",
-        help="what the network computes in; auto: float32 on a CPU, bfloat16 on a GPU that has it (default: auto)",
+        help="what the network computes in; auto: bfloat16 on a GPU that has it, or a CPU with AMX (default: auto)",
     )
     parser.add_argument(
         "--compile",
@@ -314,7 +314,7 @@ def report(store, key):
 
 def speed_up(network, args, device):
     """Let a network of AttackerModel compute in the precision, compiled where so asked for; all else of it stays."""
-    precision, why = utils.pick_precision(args.precision, device)
+    precision, why = utils.pick_precision(args.precision, device, network)
     if precision == "float16":
         precision, why = "float32", "robustness does not scale the loss, as float16 needs it"
     # compiled, every step of robustness' attack would take the weights' gradients too
@@ -362,7 +362,6 @@ def train():
     print(f"{args.arch} on {args.dataset}, on {device} ({reason}), in {store.path}")
     with cuda_optional():
         if args.eval_only:
-            utils.pick_precision("float32", device)
             args.adv_eval = args.adv_eval or 0
             result = main.eval_model(args, model.to(device), test_batches, store=store)
             kind = "adv" if args.adv_eval else "nat"

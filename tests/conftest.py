@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import lock
+import train
 import utils
 from config import load_config
 from models import base
@@ -119,6 +120,11 @@ def small_classifier(classes=10):
     for parameter in model.parameters():  # larger weights than PyTorch's, so that an attack moves the losses
         parameter.data *= 2
     return model.eval().requires_grad_(False)
+
+
+def new_learner(config):
+    """What trains a new model, as train.py does, on the CPU."""
+    return train.make_learner(train.make_model(config), config, torch.device("cpu"))
 
 
 def config_of(tmp_path, text, **overrides):

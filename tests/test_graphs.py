@@ -18,7 +18,7 @@ import lockfiles
 import train
 from graphs import Captured, Compiled
 from lockfiles import Paths, load_whole
-from tests.conftest import MINIMAL, config_of, lock_flags
+from tests.conftest import MINIMAL, config_of, lock_flags, new_learner
 from utils import UserError
 
 
@@ -102,7 +102,7 @@ def no_gpu(monkeypatch):
 def train_some(config, change=lambda step: step, epochs=3):
     """A short training, its step changed; returns all that a checkpoint holds of it, and what each epoch returned."""
     torch.manual_seed(0)
-    learner = train.make_learner(config, torch.device("cpu"))
+    learner = new_learner(config)
     images, labels = torch.randint(256, (44, 3, 8, 8), dtype=torch.uint8), torch.arange(44) % 10
     step = change(train.make_step(learner, config))
     results = []

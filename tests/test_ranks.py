@@ -20,7 +20,7 @@ def torchrun(count, *arguments):
 
 def test_two_processes_give_the_bytes_of_one(place, tmp_path):
     """Five batches: two for each, and a last one, for one of them alone."""
-    flags = ["--batch-size", 20, "--lock-method", "basic", "mixup"]
+    flags = ["--batch-size", 20, "--lock-method", "basic", "mixup", "--precision", "float32"]
     for count in (1, 2):
         run = torchrun(count, *lock_flags(place, tmp_path / str(count)), *flags)
         assert run.returncode == 0, run.stderr

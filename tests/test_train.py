@@ -10,7 +10,7 @@ from torch import nn
 
 import train
 from config import CONFIG
-from tests.conftest import MINIMAL, config_of
+from tests.conftest import MINIMAL, config_of, new_learner
 from utils import PRECISIONS, UserError
 
 
@@ -103,7 +103,7 @@ def test_a_precision_is_what_is_computed_in(precision, tmp_path):
     for name in ("float32", precision):
         torch.manual_seed(0)
         config = config_of(tmp_path, MINIMAL, architecture="preresnet8", precision=name, batch_size="32")
-        learner = train.make_learner(config, torch.device("cpu"))
+        learner = new_learner(config)
         seen.clear()
         for module in learner.model.modules():
             if isinstance(module, nn.Conv2d):
@@ -125,7 +125,7 @@ def test_a_precision_is_what_is_computed_in(precision, tmp_path):
 
 def test_the_state_of_a_float16_training_is_kept(tmp_path):
     config = config_of(tmp_path, MINIMAL, architecture="preresnet8", precision="float16")
-    learners = [train.make_learner(config, torch.device("cpu")) for _ in range(2)]
+    learners = [new_learner(config) for _ in range(2)]
     images, labels = torch.randint(256, (16, 3, 8, 8), dtype=torch.uint8), torch.arange(16) % 10
     learners[0].scaler.load_state_dict(learners[0].scaler.state_dict() | {"scale": 2.0**100})  # too much: it is halved
     train.train_epoch(train.make_step(learners[0], config), images, labels, config)
