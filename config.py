@@ -80,7 +80,7 @@ CONFIG_HELP = {
     "eval_freq": "evaluate every VALUE epochs, at the first and at the last",
     "workers": "accepted, not used: images stay on the device",
     "seed": "seed of weights, order and augmentation",
-    "precision": "auto, float32, bfloat16 or float16; auto: less than float32 where the device is faster so",
+    "precision": "auto, float32, bfloat16 or float16; auto: as begun, or less than float32 where that is faster",
     "compile": "auto, always or never: torch.compile, and on a GPU a CUDA graph of the step; auto: on a GPU",
     "optimize.momentum": "of SGD",
     "optimize.weight_decay": "of SGD",

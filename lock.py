@@ -213,17 +213,16 @@ def lock_dataset(args):
     device, reason = utils.pick_device()
     torch.backends.cudnn.benchmark = True
     classifier = load_classifier(args.resume_path, args.arch, args.dataset, len(classes)).to(device)
-    args.precision, why = ranks.on_first(utils.pick_precision, args.precision, device, classifier)
-    args.compile = ranks.on_first(utils.pick_compile, args.compile, device)
-    args.batch_size = args.batch_size or ranks.on_first(default_batch_size, splits["train"].images, device)
+    suffixes = {method: lockfiles.lock_suffix(method, args.alpha, args.lambd) for method in args.lock_method}
+    places = {method: Paths(args.lock_data, suffix) for method, suffix in suffixes.items()}
+    chosen = ranks.on_first(choose, args, places, classifier, splits["train"].images, device)
+    args.precision, why, args.compile, args.batch_size = chosen
     utils.check_size(classifier, to_float(splits["train"].images[:1]).to(device), f"--arch {args.arch}")
     surrogate = Surrogate(classifier, PRECISIONS[args.precision])
     if args.compile == "always":
         batch_size = min(args.batch_size, len(splits["train"].labels))
         surrogate.model.forward = Compiled(surrogate.model.forward, batch_size, ranks.say)
     maps, base = target_maps(len(classes), args.manual_seed), sha256(Path(args.resume_path).read_bytes())
-    suffixes = {method: lockfiles.lock_suffix(method, args.alpha, args.lambd) for method in args.lock_method}
-    places = {method: Paths(args.lock_data, suffix) for method, suffix in suffixes.items()}
     settings = {method: shards.settings_of(method, splits, maps, base, args) for method in places}
     with ExitStack() as stack:
         ranks.on_first(stack.enter_context, utils.exclusive(args.lock_data))
@@ -253,6 +252,14 @@ def write_locks(places, manifests, settings, splits, args):
         else:
             manifest = shards.finish(paths, settings[method], splits, args.format, key)
         print(describe(paths, manifest))
+
+
+def choose(args, places, classifier, images, device):
+    """Precision, why, compile, batch size: as the flags say, or as a lock in places has it, or as suits the device."""
+    begun = {} if args.overwrite else shards.earlier_choices(places)
+    precision, why = utils.pick_precision(args.precision, device, classifier, begun.get("precision"))
+    compile = utils.pick_compile(args.compile, device, begun.get("compile"))
+    return precision, why, compile, args.batch_size or begun.get("batch_size") or default_batch_size(images, device)
 
 
 # How many images of 32x32 pixels to attack at once: so many that a GPU waits for no launch, few enough for its memory.
@@ -382,8 +389,8 @@ def parse_arguments():
         "--precision",
         choices=["auto", *PRECISIONS],
         default="auto",
-        help="what the gradients are computed in; auto: bfloat16 or float16 on a GPU that is faster so, bfloat16 on a "
-        "CPU with AMX, else float32 (default: %(default)s)",
+        help="what the gradients are computed in; auto: less than float32 where the device is faster so, or as the "
+        "lock was begun (default: %(default)s)",
     )
     add(
         "--compile",

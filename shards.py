@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -55,6 +56,20 @@ def refuse_others(where, then, now):
                 f"{where} was made with {key} {old[start:][:40]}, but now it is {new[start:][:40]}; "
                 "set that back, name another folder with --lock-data, or replace it with --overwrite"
             )
+
+
+# What lock.py chooses by its device where it is not told, and what can be chosen
+CHOICES = {"precision": tuple(utils.PRECISIONS), "compile": utils.COMPILE[1:], "batch_size": range(1, sys.maxsize)}
+
+
+def earlier_choices(places):
+    """The CHOICES of the first lock that is finished or was begun, by name; none where there is no such lock."""
+    for paths in places.values():
+        manifest = lockfiles.read_manifest(paths)
+        settings = manifest["settings"] if manifest else begun_with(paths)
+        if settings:
+            return {name: settings[name] for name, known in CHOICES.items() if settings.get(name) in known}
+    return {}
 
 
 def find_finished(paths, settings, overwrite):

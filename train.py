@@ -506,18 +506,14 @@ def run(args, config, data, manifest, folder, suffix):
     device, reason = utils.pick_device(config.use_gpu)
     torch.manual_seed(config.seed)
     torch.backends.cudnn.benchmark = True
-    model = make_model(config)
-    config.precision, why = utils.pick_precision(config.precision, device, model)
-    config.compile = utils.pick_compile(config.compile, device)
-    learner = make_learner(model, config, device)
+    model = make_model(config).to(device)
     image = as_inputs(data["original"][0][:1].to(device), config)
-    utils.check_size(learner.model, image, config.architecture)
-    utils.check_last_batch(learner.model, image, len(data["train"][1]), config.batch_size, "batch_size")
+    utils.check_size(model, image, config.architecture)
+    utils.check_last_batch(model, image, len(data["train"][1]), config.batch_size, "batch_size")
 
     prepare_folder(folder, args)
     log = log_to(folder / "log.txt")
     log(f"{config.architecture} on {suffix}, seed {config.seed}, on {device} ({reason}), in {folder}")
-    log(utils.describe(config.precision, why, config.compile))
     log("images: " + ", ".join(f"{len(labels)} {name}" for name, (_, labels) in data.items()))
     if manifest is None:
         log("the locked files have no manifest (lock_*.json): what they were made of and from is not verified")
@@ -528,6 +524,11 @@ def run(args, config, data, manifest, folder, suffix):
     utils.make_folder(checkpoint.parent)
     data_hash, done, history = fingerprint(data), 0, []
     state = read_checkpoint(checkpoint, log) if args.resume else None
+    begun = json.loads(state["config"]) if state else {}
+    config.precision, why = utils.pick_precision(config.precision, device, model, begun.get("precision"))
+    config.compile = utils.pick_compile(config.compile, device)
+    log(utils.describe(config.precision, why, config.compile))
+    learner = make_learner(model, config, device)
     if state:
         restore(state, learner, config, data_hash)
         done, history = state["epoch"], json.loads(state["history"])

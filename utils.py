@@ -210,10 +210,13 @@ def pick_device(use_gpu=True):
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def pick_precision(name, device, model):
-    """The precision to compute a model in, one of PRECISIONS, and why, as a pair; name is one of them, or auto."""
+def pick_precision(name, device, model, begun=None):
+    """The precision to compute a model in, one of PRECISIONS, and why, as a pair; name is one of them, or auto: that
+    in which the work was begun, where it was, and else what suits the device and the model."""
     if name != "auto":
         return name, "as asked for"
+    if begun:
+        return begun, "as it was begun"
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) >= (8, 0):
             return "bfloat16", "this GPU multiplies matrices faster in it"
@@ -222,17 +225,21 @@ def pick_precision(name, device, model):
         return "float32", "this GPU is not faster in less"
     if suits_amx(model):
         return "bfloat16", "this CPU's AMX multiplies matrices faster in it"
-    return "float32", "this CPU is not known to be faster in less"
+    return "float32", "less is not known to be faster for this model on this CPU"
+
+
+def has_amx():
+    """Whether the CPU has AMX, which multiplies matrices of bfloat16; False where torch is too old to tell."""
+    return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
 
 
 def suits_amx(model):
-    """Whether the CPU has AMX, which multiplies matrices of bfloat16, and the model's layers gain by it.
+    """Whether the CPU has AMX, and the model's layers gain by it.
 
     Models of ordinary convolutions were 1.6 to 3.7 times as fast on a Xeon, those with depthwise ones or attention
     up to three times slower.
     """
-    amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)  # older versions of torch do not tell
-    return amx and not any(
+    return has_amx() and not any(
         isinstance(layer, torch.nn.MultiheadAttention) or getattr(layer, "groups", 1) > 1 for layer in model.modules()
     )
 
@@ -240,9 +247,12 @@ def suits_amx(model):
 COMPILE = ("auto", "always", "never")  # when to use torch.compile
 
 
-def pick_compile(name, device):
-    """Whether to use torch.compile, as "always" or "never"; name is one of them, or auto: always on a GPU."""
-    return ("always" if device.type == "cuda" else "never") if name == "auto" else name
+def pick_compile(name, device, begun=None):
+    """Whether to use torch.compile, as "always" or "never"; name is one of them, or auto: as the work was begun, where
+    it was, and else always on a GPU."""
+    if name != "auto":
+        return name
+    return begun or ("always" if device.type == "cuda" else "never")
 
 
 def describe(precision, why, compile):
@@ -286,9 +296,9 @@ def check_last_batch(model, image, count, batch_size, where):
 
 def environment(device):
     """What results depend on beside settings: the device, threads and versions."""
-    on_gpu = device.type == "cuda"
+    cpu = f"CPU, {torch.backends.cpu.get_cpu_capability()}" + (", AMX" if has_amx() else "")
     return {
-        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.backends.cpu.get_cpu_capability()}",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),

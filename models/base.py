@@ -220,7 +220,7 @@ def parse_arguments(main):
         "--precision",
         choices=["auto", "float32", "bfloat16"],
         default="auto",
-        help="what the network computes in; auto: bfloat16 on a GPU that has it, or a CPU with AMX (default: auto)",
+        help="what the network computes in; auto: bfloat16 where the device is faster so (default: auto)",
     )
     parser.add_argument(
         "--compile",

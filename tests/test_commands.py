@@ -150,21 +150,25 @@ def test_a_run_whose_checkpoint_is_gone_is_not_started_again(place, command, use
     result = (folder / "result.json").read_bytes()
     line = user_error(train.main, *run, "--resume", "--ckpt_name", "other")
     assert f"{folder}/result.json, but no {folder}/other.pth.tar" in line
+    assert (folder / "result.json").read_bytes() == result
     (folder / "result.json").rename(folder / "kept")
     assert f"{folder}/ckpt" in user_error(train.main, *run, "--resume", "--ckpt_name", "other")
     (folder / "ckpt.pth.tar").unlink()
     command(train.main, *run, "--resume")  # as if it had been stopped while it wrote its first checkpoints
-    assert (folder / "result.json").exists() and result
+    assert (folder / "result.json").exists()
 
 
-def test_what_a_run_may_be_resumed_with(place, command, user_error, tmp_path):
-    """The same data under another path, and more epochs where the schedule does not depend on them."""
+def test_what_a_run_may_be_resumed_with(place, command, user_error, capsys, tmp_path):
+    """The same data under another path, more epochs where the schedule does not depend on them, and no precision."""
     for path in place.glob("*_basic*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     moved = ["--lock-data", tmp_path]
     run = ["--work-path", place / "preresnet8", "--seed", 10]
-    command(train.main, *run, "--epochs", 1)
+    command(train.main, *run, "--epochs", 1, "--precision", "bfloat16")
     command(train.main, *run, "--epochs", 2, "--resume", *moved)
+    assert "in bfloat16 (as it was begun)" in capsys.readouterr().out
+    line = user_error(train.main, *run, "--epochs", 2, "--resume", "--precision", "float32")
+    assert "trained with precision bfloat16, but it is float32 now" in line
     line = user_error(train.main, *run, "--epochs", 1, "--resume")
     assert "the run has 2 epochs already; it cannot end after 1" in line
     assert "give one of them" in user_error(train.main, *run, "--epochs", 3, "--resume", "--overwrite")

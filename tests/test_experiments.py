@@ -1,6 +1,7 @@
 """Many runs at once, and what is gathered of them."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 import utils
 from experiments import __main__ as study
+from lockfiles import METHODS
 from tests.conftest import MINIMAL, config_of
 from utils import flatten
 
@@ -57,28 +59,47 @@ def test_the_table_puts_seeds_together_beside_the_papers_numbers(results, comman
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def table_rows(text):
+    """Each row of the tables in Markdown, as the pair of its header and itself, lists of cells."""
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+        yield from ((header, row) for row in rows)
+
+
+def fits(column, run):
+    """Whether nothing that a column's header says of data set, method and epochs is otherwise in a run."""
+    datasets = {name for name in ("digits", "CIFAR-10") if name in column}
+    methods = {name for name in METHODS if f"`{name}`" in column}
+    epochs = set(re.findall(r"(\d+) epochs", column))
+    named = {"digits": "digits", "cifar10": "CIFAR-10"}[run["dataset"]], run["lock_method"], str(run["epochs"])
+    return all(not said or value in said for said, value in zip((datasets, methods, epochs), named))
+
+
 def test_the_readmes_say_what_the_results_say():
     """A row's first cell names the run; in the table of locks, a column is a model, and the second how many attacks
     reached their target."""
     root = Path(__file__).parents[1]
-    lines = [line for path in ("README.md", "results/README.md") for line in (root / path).read_text().splitlines()]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
-    (header,) = (row for row in rows if row[0] == "lock" and row[1].startswith("attacks"))
-    models = [cell.partition(",")[0] for cell in header]
+    rows = list(table_rows((root / "README.md").read_text() + (root / "results" / "README.md").read_text()))
+    models = next([cell.partition(",")[0] for cell in header] for header, row in rows if header[0] == "lock")
     groups, of_lock2 = study.gather([root / "results"]), set()
     assert len(groups) == 10 + 4 - 1 + 9 + 13 + 8 + 15  # digits: ten variants, and four methods; CIFAR-10: four studies
     for group in groups:
         first = group[0]
         names = [first["name"]] if first["name"] else [first["lock_method"], "plain", first["architecture"]]
         numbers = " / ".join(study.spread([result[key] for result in group]) for key in ("orig_acc", "locked_acc"))
-        found = [row for row in rows if numbers in row and row[0].rpartition("`, ")[2].strip("`") in names]
+        found = [
+            row
+            for header, row in rows
+            if row[0].rpartition("`, ")[2].strip("`") in names
+            and any(cell == numbers and fits(column, first) for column, cell in zip(header, row))
+        ]
         if "_eps" in first["name"]:
             reached = f"{100 * first['lock']['report']['test']['attacks']['T1']:.0f}"
             found = [row for row in found if row[1] == reached and row[models.index(first["architecture"])] == numbers]
         assert found, (names, numbers)
         if "lock2" in first["folder"].parts:
             of_lock2.add((first["architecture"], numbers))
-    (repeated,) = (row for row in rows if row[0] == "that of `lock2`")
+    (repeated,) = (row for _, row in rows if row[0] == "that of `lock2`")
     assert of_lock2.issuperset(list(zip(models, repeated))[2:])
 
 

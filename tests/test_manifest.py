@@ -14,6 +14,7 @@ import lock
 import lockfiles
 import shards
 import train
+import utils
 from tests.conftest import lock_flags
 
 write_locks = lock.write_locks
@@ -324,6 +325,25 @@ def test_an_interrupted_lock_is_not_continued_with_other_settings(place, command
     assert "train_image_basic: this lock is not finished; the command that began it finishes it" in line
     command(lock.main, *lock_flags(place, tmp_path), "--batch-size", 50, "--overwrite")
     assert manifest_of(tmp_path)["settings"]["batch_size"] == 50
+
+
+def test_a_lock_goes_on_as_it_was_begun_on_another_machine(place, command, monkeypatch, tmp_path):
+    """What no flag says, and each machine chooses for itself."""
+    flags = lock_flags(place, tmp_path)[:-2]  # without the batch size
+    monkeypatch.setattr(utils, "has_amx", lambda: True)
+    monkeypatch.setitem(lock.BATCH_SIZES, "cpu", 60)
+    sizes = interrupt(monkeypatch, at=2)
+    with pytest.raises(SystemExit):
+        command(lock.main, *flags)
+    monkeypatch.setattr(utils, "has_amx", lambda: False)
+    monkeypatch.setitem(lock.BATCH_SIZES, "cpu", 50)
+    command(lock.main, *flags)
+    assert sizes == [60, 36, 36, 60, 36]
+    settings = manifest_of(tmp_path)["settings"]
+    assert (settings["precision"], settings["batch_size"]) == ("bfloat16", 60)
+    forbid_attacks(monkeypatch)
+    command(lock.main, *flags, "--format", "png", "tensor")
+    assert (tmp_path / "basic" / "test").exists()
 
 
 def sums_alone(manifest):

@@ -6,13 +6,21 @@ import sys
 
 from tests.conftest import lock_flags
 
+# lock.py where the second process has a CPU that would choose another precision
+UNLIKE = """
+import os
+import lock, utils
+utils.has_amx = lambda: os.environ.get("RANK") == "1"
+utils.run_command(lock.main)
+"""
 
-def torchrun(count, *arguments):
-    """Run lock.py in processes that torchrun starts, of one thread each, as torchrun sets it anyway."""
+
+def torchrun(count, script, *arguments):
+    """Run a script in processes that torchrun starts, of one thread each, as torchrun sets it anyway."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
     return subprocess.run(
-        [sys.executable, *launcher, "lock.py", *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, *launcher, *map(str, [script, *arguments])],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."},
         capture_output=True,
         text=True,
     )
@@ -20,9 +28,10 @@ def torchrun(count, *arguments):
 
 def test_two_processes_give_the_bytes_of_one(place, tmp_path):
     """Five batches: two for each, and a last one, for one of them alone."""
-    flags = ["--batch-size", 20, "--lock-method", "basic", "mixup", "--precision", "float32"]
+    flags = ["--batch-size", 20, "--lock-method", "basic", "mixup"]
+    (tmp_path / "unlike.py").write_text(UNLIKE)
     for count in (1, 2):
-        run = torchrun(count, *lock_flags(place, tmp_path / str(count)), *flags)
+        run = torchrun(count, tmp_path / "unlike.py", *lock_flags(place, tmp_path / str(count)), *flags)
         assert run.returncode == 0, run.stderr
     assert run.stdout.count("Locking digits by basic, mixup") == 1 and "and 1 more" in run.stdout
     names = sorted(path.name for path in (tmp_path / "1").glob("t*"))
@@ -30,6 +39,6 @@ def test_two_processes_give_the_bytes_of_one(place, tmp_path):
     for name in names:
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
-    run = torchrun(2, *lock_flags(place, tmp_path / "2"), *flags, "--eps", 0.3)
+    run = torchrun(2, "lock.py", *lock_flags(place, tmp_path / "2"), *flags, "--eps", 0.3)
     assert run.returncode != 0
     assert run.stderr.count("was made with eps 0.5, but now it is 0.3") == 1
