@@ -396,7 +396,7 @@ def parse_arguments():
         "--compile",
         choices=COMPILE,
         default="auto",
-        help="use torch.compile, which takes about a minute; auto: on a GPU (default: %(default)s)",
+        help="use torch.compile, which takes about a minute; auto: as begun, or on a GPU (default: %(default)s)",
     )
     add(
         "--batch-size",

@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import shutil
-import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -58,8 +57,12 @@ def refuse_others(where, then, now):
             )
 
 
-# What lock.py chooses by its device where it is not told, and what can be chosen
-CHOICES = {"precision": tuple(utils.PRECISIONS), "compile": utils.COMPILE[1:], "batch_size": range(1, sys.maxsize)}
+# What lock.py chooses by its device where it is not told, and whether a value is one that it chooses
+CHOICES = {
+    "precision": lambda value: value in tuple(utils.PRECISIONS),
+    "compile": lambda value: value in utils.COMPILE[1:],
+    "batch_size": lambda value: isinstance(value, int) and value > 0,
+}
 
 
 def earlier_choices(places):
@@ -68,7 +71,7 @@ def earlier_choices(places):
         manifest = lockfiles.read_manifest(paths)
         settings = manifest["settings"] if manifest else begun_with(paths)
         if settings:
-            return {name: settings[name] for name, known in CHOICES.items() if settings.get(name) in known}
+            return {name: settings[name] for name, known in CHOICES.items() if known(settings.get(name))}
     return {}
 
 

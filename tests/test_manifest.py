@@ -341,9 +341,21 @@ def test_a_lock_goes_on_as_it_was_begun_on_another_machine(place, command, monke
     assert sizes == [60, 36, 36, 60, 36]
     settings = manifest_of(tmp_path)["settings"]
     assert (settings["precision"], settings["batch_size"]) == ("bfloat16", 60)
+    command(lock.main, *flags, "--lock-method", "horiz", "basic")  # the first is new, and does as the second
     forbid_attacks(monkeypatch)
     command(lock.main, *flags, "--format", "png", "tensor")
     assert (tmp_path / "basic" / "test").exists()
+
+
+def test_choices_that_no_lock_makes_are_not_taken_over(place, locked, user_error, command):
+    path = locked / "lock_basic.json"
+    content = path.read_text()
+    for value in ("null", '"x"', "0.5"):
+        path.write_text(content.replace('"batch_size": 40', f'"batch_size": {value}'))
+        assert "was made with batch_size" in user_error(lock.main, *lock_flags(place, locked))
+    path.write_text("{")
+    command(lock.main, *lock_flags(place, locked), "--overwrite")
+    assert manifest_of(locked)["settings"]["batch_size"] == 40
 
 
 def sums_alone(manifest):
