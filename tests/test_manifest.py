@@ -332,15 +332,16 @@ def test_a_lock_goes_on_as_it_was_begun_on_another_machine(place, command, monke
     flags = lock_flags(place, tmp_path)[:-2]  # without the batch size
     monkeypatch.setattr(utils, "has_amx", lambda: True)
     monkeypatch.setitem(lock.BATCH_SIZES, "cpu", 60)
+    monkeypatch.setattr(lock, "Compiled", lambda forward, *rest: forward)
     sizes = interrupt(monkeypatch, at=2)
     with pytest.raises(SystemExit):
-        command(lock.main, *flags)
+        command(lock.main, *flags, "--compile", "always")  # as a GPU chooses
     monkeypatch.setattr(utils, "has_amx", lambda: False)
     monkeypatch.setitem(lock.BATCH_SIZES, "cpu", 50)
     command(lock.main, *flags)
     assert sizes == [60, 36, 36, 60, 36]
     settings = manifest_of(tmp_path)["settings"]
-    assert (settings["precision"], settings["batch_size"]) == ("bfloat16", 60)
+    assert [settings[name] for name in shards.CHOICES] == ["bfloat16", "always", 60]
     command(lock.main, *flags, "--lock-method", "horiz", "basic")  # the first is new, and does as the second
     forbid_attacks(monkeypatch)
     command(lock.main, *flags, "--format", "png", "tensor")
