@@ -401,7 +401,8 @@ def parse_arguments():
     add(
         "--batch-size",
         type=number(int, 1),
-        help="images attacked at once (default: of 32x32 pixels 500 on a GPU and 128 on a CPU, of larger ones fewer)",
+        help="images attacked at once (default: as begun, or of 32x32 pixels 500 on a GPU and 128 on a CPU, "
+        "of larger ones fewer)",
     )
     add("--subset", type=number(int, 1), help="lock only the first SUBSET images of each split")
     add(

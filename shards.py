@@ -59,7 +59,7 @@ def refuse_others(where, then, now):
 
 # What lock.py chooses by its device where it is not told, and whether a value is one that it chooses
 CHOICES = {
-    "precision": lambda value: value in tuple(utils.PRECISIONS),
+    "precision": lambda value: value in list(utils.PRECISIONS),  # a list can be asked for anything that JSON holds
     "compile": lambda value: value in utils.COMPILE[1:],
     "batch_size": lambda value: isinstance(value, int) and value > 0,
 }

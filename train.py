@@ -65,15 +65,15 @@ class Learner(NamedTuple):
     scaler: torch.amp.GradScaler  # float16 has no room for small gradients; for other precisions it does nothing
 
 
-def make_model(config):
-    """A new model, as the config says."""
-    return MODELS[config.architecture](num_classes=config.num_classes)
-
-
-def make_learner(model, config, device):
-    """A model, moved to the device, and what trains it as the config says."""
+def make_model(config, device):
+    """A new model, as the config says and on the device."""
     # channels_last is the order in which convolutions are fast, on CPUs as on GPUs
-    model = model.to(device, memory_format=torch.channels_last)
+    return MODELS[config.architecture](num_classes=config.num_classes).to(device, memory_format=torch.channels_last)
+
+
+def make_learner(model, config):
+    """A model, and what trains it as the config says, on the model's device."""
+    device = next(model.parameters()).device
     lr = torch.tensor(config.lr_scheduler.base_lr, device=device)  # a tensor: a step in a CUDA graph reads it anew
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, fused=True, **config.optimize)
     if config.optimize.momentum:  # fused, SGD begins with what is in memory, where float16 has it skip the first step
@@ -506,7 +506,7 @@ def run(args, config, data, manifest, folder, suffix):
     device, reason = utils.pick_device(config.use_gpu)
     torch.manual_seed(config.seed)
     torch.backends.cudnn.benchmark = True
-    model = make_model(config).to(device)
+    model = make_model(config, device)
     image = as_inputs(data["original"][0][:1].to(device), config)
     utils.check_size(model, image, config.architecture)
     utils.check_last_batch(model, image, len(data["train"][1]), config.batch_size, "batch_size")
@@ -528,7 +528,7 @@ def run(args, config, data, manifest, folder, suffix):
     config.precision, why = utils.pick_precision(config.precision, device, model, begun.get("precision"))
     config.compile = utils.pick_compile(config.compile, device)
     log(utils.describe(config.precision, why, config.compile))
-    learner = make_learner(model, config, device)
+    learner = make_learner(model, config)
     if state:
         restore(state, learner, config, data_hash)
         done, history = state["epoch"], json.loads(state["history"])

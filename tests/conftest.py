@@ -124,7 +124,7 @@ def small_classifier(classes=10):
 
 def new_learner(config):
     """What trains a new model, as train.py does, on the CPU."""
-    return train.make_learner(train.make_model(config), config, torch.device("cpu"))
+    return train.make_learner(train.make_model(config, torch.device("cpu")), config)
 
 
 def config_of(tmp_path, text, **overrides):

@@ -238,7 +238,7 @@ def our_epoch(name, device, precision, size):
     compiles = utils.pick_compile("auto", device)
     keys = {"architecture": name, "precision": precision, "compile": compiles, "batch_size": batch_size}
     config = EasyDict(CONFIG | keys)
-    step = train.make_step(train.make_learner(train.make_model(config), config, device), config)
+    step = train.make_step(train.make_learner(train.make_model(config, device), config), config)
     return lambda: train.train_epoch(step, images, labels, config)
 
 
@@ -363,6 +363,7 @@ def set_up():
     device, reason = utils.pick_device()
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
+    # all that is measured is a network of ordinary convolutions, which share a precision
     return device, reason, *utils.pick_precision("auto", device, MODELS["preresnet20"]())
 
 
