@@ -8,7 +8,7 @@ from easydict import EasyDict
 
 from data import DATASETS
 from models import MODELS
-from utils import COMPILE, PRECISIONS, UserError, check_known, did_you_mean, flatten
+from utils import COMPILE, MAX_SEED, PRECISIONS, UserError, check_known, did_you_mean, flatten
 
 # Every key of a config.yaml with its default; where that is a type, the file must give the key.
 # The keys are CIFAR-ZOO's and the original's, but for seed, precision, compile, cutmix, cutmix_alpha, train_on,
@@ -129,12 +129,15 @@ def load_config(path, overrides):
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; the work path is a folder with a config.yaml")
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.load(Path(path).read_text(), Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected keys and values, like 'epochs: 250'")
     defaults, config = flatten(CONFIG), EasyDict(deepcopy(CONFIG))
+    for alias, key in ALIASES.items():
+        if {alias, key} <= content.keys():
+            raise UserError(f"{path}: {alias} and {key} are one key; give one of them")
     given = {ALIASES.get(key, key): value for key, value in flatten(content).items()}
     where = {key: f"{path}: {key}" for key in [*defaults, *given]}
     for key, text in overrides.items():
@@ -153,6 +156,18 @@ def load_config(path, overrides):
         raise UserError(f"{path}: the key '{missing[0]}' is missing")
     check_values(config, where)
     return config
+
+
+class Loader(yaml.SafeLoader):
+    """A SafeLoader that refuses a key given twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        for index, (key, _) in enumerate(node.value):
+            if key.value in keys[:index]:
+                problem = f"{key.value} is given twice"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def parse_value(text):
@@ -192,7 +207,7 @@ RANGES = {
     **dict.fromkeys(("lr_scheduler.base_lr", "lr_scheduler.min_lr", "lr_scheduler.lr_mults"), (0, MANY)),
     **dict.fromkeys(("lr_scheduler.lower_bound", "lr_scheduler.upper_bound"), (-MANY, MANY)),
     "optimize.momentum": (0, 1),
-    "seed": (0, 2**63),
+    "seed": (0, MAX_SEED),
 }
 
 

@@ -148,7 +148,7 @@ def list_images(folder):
 def read_image(file):
     """An image as uint8 [3, H, W], turned upright; raises UserError where it is damaged or more than 8-bit colours."""
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=("PNG", "JPEG")) as image:
             raw = str(image.tile[0][3])  # Pillow's mode for 16-bit colours is RGB too
             if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA") or ";16" in raw:
                 raise UserError(f"{file}: its pixels are {raw}; convert it to 8-bit RGB or grey")
@@ -158,7 +158,7 @@ def read_image(file):
     except UserError:
         raise
     except Exception as error:  # a damaged file fails in many ways; all mean the same here
-        raise UserError(f"{file}: cannot be read as an image ({first_line(error)})") from error
+        raise UserError(f"{file}: cannot be read as PNG or JPEG ({first_line(error)})") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

@@ -25,7 +25,7 @@ CHUNK_BYTES = 2**30  # AESGCM takes less than 2**31 bytes at once
 def read_key(path):
     """The key in a file of 64 hexadecimal digits; raises UserError where there is none."""
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such key file; name the one that --key-out wrote")
+        raise UserError(f"{path}: no such file; name the key that --key-out wrote")
     try:
         key = bytes.fromhex(Path(path).read_text())
     except ValueError:  # also for a file that is no text

@@ -178,7 +178,9 @@ def load_data(config):
             raise UserError(f"{where}: images are {size}, but input_size is {config.input_size}; set it to {wanted}")
         if labels.min() < 0 or labels.max() >= config.num_classes:
             found = f"labels go from {labels.min()} to {labels.max()}"
-            raise UserError(f"{where}: {found}, but num_classes is {config.num_classes}")
+            raise UserError(
+                f"{where}: {found}, but num_classes is {config.num_classes}; set it to the number of classes"
+            )
     lacking = [config[f"locked_{split}_image"] for split, manifest in manifests.items() if not manifest]
     if len(lacking) == 1:
         raise UserError(f"{lacking[0]}: has no manifest, but the files of the other split do; name those of one lock")
@@ -453,11 +455,21 @@ def add_hparams(writer, config, result):
         writer.add_scalar(name, value, result["epochs"])
 
 
+def check_loss(loss, epoch):
+    """Raise UserError where a loss is NaN or infinity: the model's predictions would say nothing of the lock."""
+    if not math.isfinite(loss):
+        raise UserError(
+            f"epoch {epoch}: the loss is {loss}; start again with --overwrite, and a lower lr_scheduler.base_lr or "
+            "precision float32"
+        )
+
+
 def evaluate_both(model, data, epoch, config, writers):
     """Loss and accuracy on the locked and on the original test set, as a record of the run's history and as curves."""
     record = {}
     for curve, split, short in ("locked", "locked_test", "locked"), ("original", "original", "orig"):
         loss, accuracy = evaluate(model, *data[split], config)
+        check_loss(loss, epoch)
         record |= {f"{short}_loss": loss, f"{short}_acc": accuracy}
         writers[curve].add_scalar("accuracy/test", accuracy, epoch)
         writers[curve].add_scalar("loss/test", loss, epoch)
@@ -471,8 +483,7 @@ def run_epoch(learner, step, data, epoch, config, writers, log):
     for group in learner.optimizer.param_groups:
         group["lr"].fill_(lr)
     loss, accuracy = train_epoch(step, *data["train"], config)
-    if not math.isfinite(loss):
-        raise UserError(f"epoch {epoch}: the loss is {loss}; lower lr_scheduler.base_lr, or set precision to float32")
+    check_loss(loss, epoch)
     for tag, value in {"learning rate": lr, "loss/train": loss, "accuracy/train": accuracy}.items():
         writers["run"].add_scalar(tag, value, epoch)
     line = f"epoch {epoch:4}/{config.epochs}  lr {lr:.5f}  train loss {loss:.4f}, accuracy {accuracy:6.2f} %"

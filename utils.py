@@ -40,8 +40,18 @@ class Parser(argparse.ArgumentParser):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(prog=command_name(), description=description, formatter_class=formatter, allow_abbrev=False)
 
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        for before, word in zip(["", *words], words):
+            if not word or (word.startswith("--") and word.endswith("=")):  # a variable of the shell that is not set
+                raise UserError(f"{word.rstrip('=') or before}: is empty; give it a value, or leave it out")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
+
+
+MAX_SEED = 2**32 - 1  # on a CPU torch.manual_seed takes no notice of further bits
 
 
 def number(kind, low, high=math.inf):
@@ -146,9 +156,12 @@ def discard(folder, trash):
 
 
 def make_folder(path):
-    """Make a folder that files can be written to; raises OSError where that cannot be."""
-    Path(path).mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=path).close()
+    """Make a folder that files can be written to; raises UserError where that cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be a folder to write to ({error.strerror}); name another") from error
 
 
 def sync_disks():

@@ -117,7 +117,7 @@ def run_all(args, rest):
                 child.terminate()  # its checkpoints are whole at any time
             raise
     if failed:
-        raise UserError(f"{failed} of {len(todo)} runs failed, see above; the same command runs them again")
+        raise UserError(f"{failed} of {len(todo)} runs failed, see above; mended, the same command runs them again")
 
 
 # Gather
@@ -250,10 +250,10 @@ def show(groups, path):
 
 
 def save(figure, path, flag):
-    """Write a figure; raises UserError, naming the flag, where the path's suffix is no picture's."""
+    """Write a figure; raises UserError, naming the flag, where the path cannot be that of a picture."""
     try:
         figure.savefig(path, dpi=100)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"{flag} {path}: {utils.first_line(error)}") from error
 
 
@@ -272,7 +272,13 @@ def parse_arguments():
     add("--images", metavar="FILE", help="also show the images that each lock method made, in this file")
     add("--run", action="store_true", help="first train what is not trained yet")
     add("--lock-method", nargs="+", choices=[*METHODS, "all"], default=[None], help="default: that of config.yaml")
-    add("--seed", nargs="+", type=utils.number(int, 0, 2**63), default=[None], help="default: that of config.yaml")
+    add(
+        "--seed",
+        nargs="+",
+        type=utils.number(int, 0, utils.MAX_SEED),
+        default=[None],
+        help="default: that of config.yaml",
+    )
     add(
         "--variant",
         nargs="+",

@@ -17,8 +17,9 @@ import os
 import sys
 import types
 import warnings
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -214,7 +215,7 @@ def parse_arguments(main):
     defaults, parser = main.defaults, utils.Parser(__doc__)
     for group in (defaults.CONFIG_ARGS, defaults.MODEL_LOADER_ARGS, defaults.TRAINING_ARGS, defaults.PGD_ARGS):
         defaults.add_args_to_parser(group, parser)
-    seed = utils.number(int, 0, 2**63)
+    seed = utils.number(int, 0, utils.MAX_SEED)
     parser.add_argument("--manual-seed", type=seed, default=23, help="seed of everything drawn (default: 23)")
     parser.add_argument(
         "--precision",
@@ -258,8 +259,8 @@ def check_arguments(args):
     """Raise UserError for what robustness would only find out later, or not at all."""
     for name, least in LEAST.items():
         value = getattr(args, name)
-        if value is not None and not (isinstance(value, (int, float)) and value >= least):
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be a number, and at least {least}")
+        if value is not None and not (isinstance(value, (int, float)) and least <= value < math.inf):
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be a finite number, and at least {least}")
     if args.save_ckpt_iters == 0:
         raise UserError("--save-ckpt-iters 0: must be -1, for none, or at least 1")
     check_expressions(args)
@@ -300,6 +301,16 @@ def make_store(main, args):
     if args.exp_name and path.exists():
         path.rename(path.with_name(f"store.{len(list(path.parent.glob('store*.h5')))}.h5"))
     return main.setup_store_with_metadata(args)
+
+
+def check_losses(folder, model, log):
+    """robustness' epoch_hook: raise UserError where a loss is NaN or infinity, as checkpoints in folder may be."""
+    for name in ("train_loss", "nat_loss", "adv_loss"):
+        if not math.isfinite(log[name]):
+            raise UserError(
+                f"epoch {log['epoch']}: {name} is {log[name]}; lower --lr, and delete {folder} or choose another "
+                "--exp-name"
+            )
 
 
 def report(store, key):
@@ -359,8 +370,9 @@ def train():
     test_batches = Batches(test_split, device, args.batch_size)
     utils.make_folder(args.out_dir)
     store = make_store(main, args)
+    args.epoch_hook = partial(check_losses, store.path)
     print(f"{args.arch} on {args.dataset}, on {device} ({reason}), in {store.path}")
-    with cuda_optional():
+    with closing(store), cuda_optional():
         if args.eval_only:
             args.adv_eval = args.adv_eval or 0
             result = main.eval_model(args, model.to(device), test_batches, store=store)
@@ -374,7 +386,6 @@ def train():
             gpus = [device.index] if device.type == "cuda" else None
             main.train_model(args, model.to(device), loaders, store=store, checkpoint=checkpoint, dp_device_ids=gpus)
             report(store, "adv_prec1" if args.adv_train else "nat_prec1")
-    store.close()
 
 
 if __name__ == "__main__":

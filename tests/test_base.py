@@ -1,5 +1,6 @@
 """Base classifiers: what can be loaded, and what is refused."""
 
+import math
 from argparse import Namespace
 
 import dill
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from data import Split, to_float
-from models.base import Batches, attacker_model, load_base, load_classifier, read_checkpoint, speed_up
+from models.base import Batches, attacker_model, check_losses, load_base, load_classifier, read_checkpoint, speed_up
 from tests.conftest import Malicious
 from utils import UserError
 
@@ -88,6 +89,13 @@ def test_weights_that_are_not_finite(checkpoint):
     torch.save(state, path)
     with pytest.raises(UserError, match="NaN"):
         load_base(path, "preresnet8", "cifar")
+
+
+def test_a_classifier_that_diverges_ends_the_training():
+    losses = {"epoch": 2, "train_loss": 1.0, "nat_loss": torch.tensor(1.0), "adv_loss": -1.0}
+    check_losses("folder", None, losses)
+    with pytest.raises(UserError, match="epoch 2: nat_loss is nan; lower --lr, and delete folder"):
+        check_losses("folder", None, {**losses, "nat_loss": math.nan})
 
 
 def test_nothing_in_a_checkpoint_runs(tmp_path):

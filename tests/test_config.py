@@ -104,6 +104,12 @@ def test_overrides(tmp_path):
         ("{dataset: cifar10, orig_data_path: ./data}", "config.yaml: the key 'architecture' is missing"),
         ("architecture", "config.yaml: expected keys and values"),
         ("a: [", "config.yaml: cannot be read"),
+        (
+            "epochs: 1\noptimize: {momentum: 0.9}\nepochs: 2",
+            "config.yaml: cannot be read .epochs is given twice .*line 3",
+        ),
+        (MINIMAL[:-1] + ", optimize: {momentum: 1, momentum: 0}}", "momentum is given twice"),
+        (MINIMAL[:-1] + ", data_path: ./b}", "config.yaml: data_path and orig_data_path are one key"),
     ],
 )
 def test_mistakes_in_a_config(tmp_path, text, message):

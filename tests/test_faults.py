@@ -232,7 +232,7 @@ def test_a_locked_file_that_is_damaged(place, user_error, tmp_path, name):
     line = user_error(train.main, "--work-path", place / "preresnet8", "--lock-data", folder, "--seed", 20)
     assert f"{folder}/{name}: changed or damaged since it was locked" in line
     assert f"{folder}/{name}: changed or damaged" in user_error(lock.main, *lock_flags(place, folder))
-    assert "1 files are not as they were locked" in user_error(lock.main, "--verify", folder)
+    assert "not as they were locked: 1, see above" in user_error(lock.main, "--verify", folder)
 
 
 def test_labels_outside_the_target_maps(place, user_error, monkeypatch, tmp_path):

@@ -70,7 +70,7 @@ def test_a_jpeg_is_turned_upright(folder):
         (lambda f: write(f, "test/cat/d.jpg"), "two images, or an image and a folder, would be named cat/d.png"),
         (lambda f: [write(f, "test/cat/f.jpg"), write(f, "test/cat/f.png/g.png")], "would be named cat/f.png"),
         (lambda f: (f / "test/cat/f.png").write_bytes(RGB16), "f.png: its pixels are RGB;16B; convert it to 8-bit"),
-        (lambda f: (f / "test/cat/f.png").write_bytes(b"no image"), "f.png: cannot be read as an image"),
+        (lambda f: (f / "test/cat/f.png").write_bytes(b"no image"), "f.png: cannot be read as PNG or JPEG"),
         (lambda f: (f / "test/dog/e.png").unlink(), "test: expected a folder of images for each class"),
         (lambda f: (f / "test").rename(f / "val"), "test: no such folder; images go into .*test/<class>/"),
         (lambda f: write(f, "test/f.png"), "test/f.png: lies beside the folders of the classes"),
@@ -87,7 +87,7 @@ def test_what_cannot_be_read(folder, spoil, message):
 def test_images_that_are_cut_short(folder):
     path = folder / "test" / "dog" / "e.png"
     path.write_bytes(path.read_bytes()[:150])
-    with pytest.raises(UserError, match="e.png: cannot be read as an image"):
+    with pytest.raises(UserError, match="e.png: cannot be read as PNG or JPEG"):
         data.load_folder(folder, "test")
 
 

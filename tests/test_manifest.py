@@ -118,7 +118,7 @@ def test_verify(place, locked, command, user_error, capsys):
     command(lock.main, "--verify", locked)
     assert "every file of lock_50_horiz.json, lock_basic.json is as it was locked" in capsys.readouterr().out
     (locked / "train_label_basic").unlink()
-    assert "1 files are not as they were locked" in user_error(lock.main, "--verify", locked)
+    assert "not as they were locked: 1, see above" in user_error(lock.main, "--verify", locked)
     (locked / "lock_basic.json").write_text("{}")
     assert "lock_basic.json: not a manifest of lock.py" in user_error(lock.main, "--verify", locked)
     (locked / "lock_basic.json").write_text((place / "lock_basic.json").read_text()[:100])
@@ -165,7 +165,7 @@ def test_verify_finds_what_does_not_belong_there(place, locked, command, user_er
     for path, make in wrong.items():
         command(lock.main, "--verify", locked)
         make(path)
-        assert "1 files are not as they were locked" in user_error(lock.main, "--verify", locked)
+        assert "not as they were locked: 1, see above" in user_error(lock.main, "--verify", locked)
         path.unlink()
 
 
@@ -379,7 +379,7 @@ def test_png_files_hold_what_the_tensors_hold(place, locked, command, monkeypatc
     changed = next((paths.tree / "test" / "3").iterdir())
     content = changed.read_bytes()
     changed.write_bytes(content[:-1])
-    assert "1 files are not as they were locked" in user_error(lock.main, "--verify", locked)
+    assert "not as they were locked: 1, see above" in user_error(lock.main, "--verify", locked)
     changed.write_bytes(content)
 
     monkeypatch.undo()

@@ -140,7 +140,7 @@ def test_what_cannot_be_unlocked(sealed, place, command, user_error, tmp_path):
     folder, key = sealed
     (folder / "lock_50_horiz.json").unlink()
     flags = ["--unlock", "--lock-data", folder, "--orig-data", tmp_path / "out", "--key"]
-    assert "none: no such key file" in user_error(lock.main, *flags, tmp_path / "none")
+    assert "none: no such file; name the key" in user_error(lock.main, *flags, tmp_path / "none")
     sealing.make_key(tmp_path / "other")
     line = user_error(lock.main, *flags, tmp_path / "other")
     assert f"not the key that {folder} was sealed with: its fingerprint is " in line

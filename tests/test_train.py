@@ -141,8 +141,17 @@ def test_the_state_of_a_float16_training_is_kept(tmp_path):
 def test_a_loss_that_is_not_finite_ends_the_run(monkeypatch):
     config, model = EasyDict(CONFIG), nn.Linear(1, 1)
     monkeypatch.setattr(train, "train_epoch", lambda *_: (math.nan, 10.0))
-    with pytest.raises(UserError, match="epoch 3: the loss is nan; lower lr_scheduler.base_lr"):
+    with pytest.raises(UserError, match="epoch 3: the loss is nan; start again with --overwrite"):
         train.run_epoch(learner_of(model, lr=0.1), None, {"train": ()}, 3, config, {}, print)
+
+
+def test_a_model_that_predicts_nan_is_not_scored():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
+    model[1].bias.data.fill_(math.nan)
+    data = {"locked_test": two_tones(10, [0, 1]), "original": two_tones(10, [0, 1])}
+    config = EasyDict(CONFIG | {"precision": "float32"})
+    with pytest.raises(UserError, match="epoch 3: the loss is nan"):
+        train.evaluate_both(model, data, 3, config, {})
 
 
 def test_blended_targets_count_by_their_weight(monkeypatch):
