@@ -1,7 +1,9 @@
 """The keys of a config.yaml: defaults, what they mean, which values they can have, and how a file is read."""
 
+import math
 from copy import deepcopy
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 from easydict import EasyDict
@@ -10,107 +12,75 @@ from data import DATASETS
 from models import MODELS
 from utils import COMPILE, MAX_SEED, PRECISIONS, UserError, check_known, did_you_mean, flatten
 
-# Every key of a config.yaml with its default; where that is a type, the file must give the key.
+MANY = 10**9
+
+
+class Key(NamedTuple):
+    """A key of config.yaml: its default, or a type where the file must give it; what --help says; a number's range."""
+
+    default: object
+    help: str
+    low: float = -math.inf
+    high: float = math.inf
+
+
 # The keys are CIFAR-ZOO's and the original's, but for seed, precision, compile, cutmix, cutmix_alpha, train_on,
 # preprocess and adversarial, which are new.
-CONFIG = {
-    "architecture": str,
-    "dataset": str,
-    "orig_data_path": str,
-    "locked_train_image": "./data/train_image_basic",
-    "locked_train_label": "./data/train_label_basic",
-    "locked_test_image": "./data/test_image_basic",
-    "locked_test_label": "./data/test_label_basic",
-    "ckpt_path": "./",
-    "ckpt_name": "ckpt",
-    "num_classes": 10,
-    "use_gpu": True,
-    "input_size": 32,
-    "epochs": 250,
-    "batch_size": 128,
-    "test_batch": 200,
-    "eval_freq": 2,
-    "workers": 4,
-    "seed": 0,
-    "precision": "auto",
-    "compile": "auto",
-    "optimize": {"momentum": 0.9, "weight_decay": 1e-4, "nesterov": True},
-    "mixup": False,
-    "mixup_alpha": 0.4,
-    "cutmix": False,
-    "cutmix_alpha": 1.0,
-    "train_on": "locked",
-    "preprocess": {"grayscale": False, "blur": 0.0, "bits": 8, "jpeg_quality": 0},
-    "adversarial": {"eps": 0.0, "attack_lr": 0.1, "attack_steps": 7},
-    "augmentation": {
-        "normalize": False,
-        "random_crop": True,
-        "random_horizontal_filp": True,  # the original's spelling
-        "cutout": False,
-        "holes": 1,
-        "length": 8,
-    },
-    "lr_scheduler": {
-        "type": "STEP",
-        "base_lr": 0.1,
-        "lr_epochs": [100, 150, 200],
-        "lr_mults": 0.1,
-        "min_lr": 0.0,
-        "lower_bound": -6.0,
-        "upper_bound": 3.0,
-    },
+KEYS = {
+    "architecture": Key(str, "one of models/, as preresnet110"),
+    "dataset": Key(str, "cifar10, digits or folder"),
+    "orig_data_path": Key(str, "folder of the original data set"),
+    "locked_train_image": Key("./data/train_image_basic", "locked file"),
+    "locked_train_label": Key("./data/train_label_basic", "locked file"),
+    "locked_test_image": Key("./data/test_image_basic", "locked file"),
+    "locked_test_label": Key("./data/test_label_basic", "locked file"),
+    "ckpt_path": Key("./", "folder of the checkpoints, below the run's"),
+    "ckpt_name": Key("ckpt", "name of the checkpoints, without .pth.tar"),
+    "num_classes": Key(10, "number of classes", 1, MANY),
+    "use_gpu": Key(True, "train on the GPU, if there is one"),
+    "input_size": Key(32, "longer side of the images in pixels", 1, MANY),
+    "epochs": Key(250, "passes over the training set", 1, MANY),
+    "batch_size": Key(128, "images in a training step", 1, MANY),
+    "test_batch": Key(200, "images evaluated at once", 1, MANY),
+    "eval_freq": Key(2, "evaluate every VALUE epochs, at the first and at the last", 1, MANY),
+    "workers": Key(4, "accepted, not used: images stay on the device"),
+    "seed": Key(0, "seed of weights, order and augmentation", 0, MAX_SEED),
+    "precision": Key("auto", "auto (as begun, or half precision where that is faster), float32, bfloat16 or float16"),
+    "compile": Key("auto", "auto (on a GPU), always or never: torch.compile, and on a GPU a CUDA graph of the step"),
+    "optimize.momentum": Key(0.9, "of SGD", 0, 1),
+    "optimize.weight_decay": Key(1e-4, "of SGD", 0, MANY),
+    "optimize.nesterov": Key(True, "Nesterov's momentum"),
+    "mixup": Key(False, "blend training images in pairs"),
+    # a smaller alpha is not float32's: it draws 0.5, and not 0 or 1
+    "mixup_alpha": Key(0.4, "of the blend's Beta distribution", 0.01, MANY),
+    "cutmix": Key(False, "put a piece of another image into each training image"),
+    "cutmix_alpha": Key(1.0, "of the piece's Beta distribution", 0.01, MANY),
+    "train_on": Key("locked", "locked or original images: a control"),
+    "preprocess.grayscale": Key(False, "take the colours away, in training and test sets"),
+    "preprocess.blur": Key(0.0, "standard deviation in pixels of a Gaussian blur, in training and test sets", 0, 2),
+    "preprocess.bits": Key(8, "bits a colour that are kept, in training and test sets", 1, 8),
+    "preprocess.jpeg_quality": Key(0, "compress by JPEG of this quality, in training and test sets; 0: do not", 0, 100),
+    "adversarial.eps": Key(0.0, "adversarial training: L2 radius, in pixels of [0, 1]; 0: none", 0, MANY),
+    "adversarial.attack_lr": Key(0.1, "adversarial training: L2 length of a step", 0, MANY),
+    "adversarial.attack_steps": Key(7, "adversarial training: steps an attack", 0, MANY),
+    "augmentation.normalize": Key(False, "subtract the data set's mean, divide by its standard deviation"),
+    "augmentation.random_crop": Key(True, "crop out of the image padded by 4 zeros"),
+    "augmentation.random_horizontal_filp": Key(True, "mirror half of the images"),  # the original's spelling
+    "augmentation.cutout": Key(False, "blank out squares"),
+    "augmentation.holes": Key(1, "squares an image", 0, MANY),
+    "augmentation.length": Key(8, "side of a square in pixels", 0, MANY),
+    "lr_scheduler.type": Key("STEP", "STEP, COSINE or HTD"),
+    "lr_scheduler.base_lr": Key(0.1, "learning rate at the start", 0, MANY),
+    "lr_scheduler.lr_epochs": Key([100, 150, 200], "STEP: epochs at which it drops, as [100, 150, 200]"),
+    "lr_scheduler.lr_mults": Key(0.1, "STEP: factor of a drop", 0, MANY),
+    "lr_scheduler.min_lr": Key(0.0, "COSINE, HTD: learning rate at the end", 0, MANY),
+    "lr_scheduler.lower_bound": Key(-6.0, "HTD: where on the tanh it starts", -MANY, MANY),
+    "lr_scheduler.upper_bound": Key(3.0, "HTD: where on the tanh it ends", -MANY, MANY),
 }
-# What train.py --help says of them.
-CONFIG_HELP = {
-    "architecture": "one of models/, as preresnet110",
-    "dataset": "cifar10, digits or folder",
-    "orig_data_path": "folder of the original data set",
-    "locked_train_image": "locked file",
-    "locked_train_label": "locked file",
-    "locked_test_image": "locked file",
-    "locked_test_label": "locked file",
-    "ckpt_path": "folder of the checkpoints, below the run's",
-    "ckpt_name": "name of the checkpoints, without .pth.tar",
-    "num_classes": "number of classes",
-    "use_gpu": "train on the GPU, if there is one",
-    "input_size": "longer side of the images in pixels",
-    "epochs": "passes over the training set",
-    "batch_size": "images in a training step",
-    "test_batch": "images evaluated at once",
-    "eval_freq": "evaluate every VALUE epochs, at the first and at the last",
-    "workers": "accepted, not used: images stay on the device",
-    "seed": "seed of weights, order and augmentation",
-    "precision": "auto, float32, bfloat16 or float16; auto: as begun, or less than float32 where that is faster",
-    "compile": "auto, always or never: torch.compile, and on a GPU a CUDA graph of the step; auto: on a GPU",
-    "optimize.momentum": "of SGD",
-    "optimize.weight_decay": "of SGD",
-    "optimize.nesterov": "Nesterov's momentum",
-    "mixup": "blend training images in pairs",
-    "mixup_alpha": "of the blend's Beta distribution",
-    "cutmix": "put a piece of another image into each training image",
-    "cutmix_alpha": "of the piece's Beta distribution",
-    "train_on": "locked or original images: a control",
-    "preprocess.grayscale": "take the colours away, in training and test sets",
-    "preprocess.blur": "standard deviation in pixels of a Gaussian blur, in training and test sets",
-    "preprocess.bits": "bits a colour that are kept, in training and test sets",
-    "preprocess.jpeg_quality": "compress by JPEG of this quality, in training and test sets; 0: do not",
-    "adversarial.eps": "adversarial training: L2 radius, in pixels of [0, 1]; 0: none",
-    "adversarial.attack_lr": "adversarial training: L2 length of a step",
-    "adversarial.attack_steps": "adversarial training: steps an attack",
-    "augmentation.normalize": "subtract the data set's mean, divide by its standard deviation",
-    "augmentation.random_crop": "crop out of the image padded by 4 zeros",
-    "augmentation.random_horizontal_filp": "mirror half of the images",
-    "augmentation.cutout": "blank out squares",
-    "augmentation.holes": "squares an image",
-    "augmentation.length": "side of a square in pixels",
-    "lr_scheduler.type": "STEP, COSINE or HTD",
-    "lr_scheduler.base_lr": "learning rate at the start",
-    "lr_scheduler.lr_epochs": "STEP: epochs at which it drops, as [100, 150, 200]",
-    "lr_scheduler.lr_mults": "STEP: factor of a drop",
-    "lr_scheduler.min_lr": "COSINE, HTD: learning rate at the end",
-    "lr_scheduler.lower_bound": "HTD: where on the tanh it starts",
-    "lr_scheduler.upper_bound": "HTD: where on the tanh it ends",
-}
+CONFIG = {}  # the defaults, as a config.yaml nests them
+for _name, _key in KEYS.items():
+    _section, _, _last = _name.rpartition(".")
+    (CONFIG.setdefault(_section, {}) if _section else CONFIG)[_last] = _key.default
 # A run may be resumed with other values of these keys: the data are compared themselves, not by their paths. So may
 # epochs, where the schedule is STEP. Any other key would make it a different run.
 FREE_ON_RESUME = {
@@ -193,24 +163,6 @@ def convert(value, default, where):
     return value
 
 
-# The least and the largest value of each key that is a number.
-MANY = 10**9
-RANGES = {
-    **dict.fromkeys(("epochs", "batch_size", "test_batch", "eval_freq", "input_size", "num_classes"), (1, MANY)),
-    **dict.fromkeys(("adversarial.eps", "adversarial.attack_lr", "adversarial.attack_steps"), (0, MANY)),
-    "preprocess.blur": (0, 2),  # of images of at least 8x8 pixels
-    "preprocess.bits": (1, 8),
-    "preprocess.jpeg_quality": (0, 100),
-    # a smaller one is not float32's: it draws 0.5, and not 0 or 1
-    **dict.fromkeys(("mixup_alpha", "cutmix_alpha"), (0.01, MANY)),
-    **dict.fromkeys(("optimize.weight_decay", "augmentation.holes", "augmentation.length"), (0, MANY)),
-    **dict.fromkeys(("lr_scheduler.base_lr", "lr_scheduler.min_lr", "lr_scheduler.lr_mults"), (0, MANY)),
-    **dict.fromkeys(("lr_scheduler.lower_bound", "lr_scheduler.upper_bound"), (-MANY, MANY)),
-    "optimize.momentum": (0, 1),
-    "seed": (0, MAX_SEED),
-}
-
-
 def check_values(config, where):
     """Raise UserError where a value of the config is not one that it can have; where says, by key, how to name it."""
     check_known(config.architecture, MODELS, where["architecture"])
@@ -219,10 +171,10 @@ def check_values(config, where):
     check_known(config.compile, COMPILE, where["compile"])
     check_known(config.train_on, ("locked", "original"), where["train_on"])
     check_known(config.lr_scheduler.type, ("STEP", "COSINE", "HTD"), where["lr_scheduler.type"])
-    values = flatten(config)
-    for key, (low, high) in RANGES.items():
-        if not low <= values[key] <= high:  # not so for NaN either
-            raise UserError(f"{where[key]} is {values[key]}; it must lie between {low} and {high}")
+    for name, value in flatten(config).items():
+        low, high = KEYS[name].low, KEYS[name].high
+        if isinstance(value, (int, float)) and not low <= value <= high:  # not so for NaN either
+            raise UserError(f"{where[name]} is {value}; it must lie between {low} and {high}")
     if config.adversarial.eps > 0 and config.augmentation.normalize:
         raise UserError(f"{where['adversarial.eps']} is in pixels of [0, 1]; set augmentation.normalize to False")
     if config.mixup and config.cutmix:

@@ -33,7 +33,7 @@ from tqdm import tqdm
 import utils
 from attack import attack
 from augmentation import as_inputs, augment, make_mixer, preprocess
-from config import CONFIG, CONFIG_HELP, FREE_ON_RESUME, load_config
+from config import CONFIG, FREE_ON_RESUME, KEYS, load_config
 from data import DATASETS, SPLITS, is_plain, one_name, to_float
 from graphs import Captured, Compiled
 from lockfiles import METHODS, Paths, hash_tensor, load_locked, load_whole, lock_suffix, parse_suffix, split_path
@@ -336,16 +336,16 @@ def parse_arguments():
     for name in ("alpha", "lambd"):
         parser.add_argument(f"--{name}", type=number(float, 0, 1), help=f"lock.py's --{name} (default: 0.5)")
     keys = parser.add_argument_group("keys of config.yaml")
-    for key, default in flatten(CONFIG).items():
-        value = "required" if default is str else f"default: {default}"
-        keys.add_argument(f"--{key}", metavar="VALUE", help=f"{CONFIG_HELP[key]} ({value})")
+    for name, key in KEYS.items():
+        value = "required" if key.default is str else f"default: {key.default}"
+        keys.add_argument(f"--{name}", metavar="VALUE", help=f"{key.help} ({value})")
     args, unknown = parser.parse_known_args()
     if unknown:
         name = unknown[0].removeprefix("--").partition("=")[0]
-        raise UserError(f"unknown flag {unknown[0]}{utils.did_you_mean(name, flatten(CONFIG))}")
+        raise UserError(f"unknown flag {unknown[0]}{utils.did_you_mean(name, KEYS)}")
     if args.name and (not is_plain(args.name) or args.name.startswith((".", "seed"))):
         raise UserError(f"--name {args.name}: must be the name of a folder, and not begin with a dot or with seed")
-    overrides = {key: value for key, value in vars(args).items() if key in flatten(CONFIG) and value is not None}
+    overrides = {key: value for key, value in vars(args).items() if key in KEYS and value is not None}
     config = load_config(Path(args.work_path, "config.yaml"), overrides)
     if args.resume and args.overwrite:
         raise UserError("--resume goes on with a run, --overwrite starts it again: give one of them")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from config import CONFIG, CONFIG_HELP, load_config
+from config import CONFIG, load_config
 from data import SPLITS
 from tests.conftest import MINIMAL, config_of
 from utils import UserError, flatten
@@ -74,10 +74,6 @@ def test_shipped_configs(path):
     for split in SPLITS:
         for kind in ("image", "label"):
             assert Path(config[f"locked_{split}_{kind}"]).name == f"{split}_{kind}_basic"
-
-
-def test_every_key_is_explained():
-    assert CONFIG_HELP.keys() == flatten(CONFIG).keys()
 
 
 def test_overrides(tmp_path):
