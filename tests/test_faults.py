@@ -233,16 +233,3 @@ def test_a_locked_file_that_is_damaged(place, user_error, tmp_path, name):
     assert f"{folder}/{name}: changed or damaged since it was locked" in line
     assert f"{folder}/{name}: changed or damaged" in user_error(lock.main, *lock_flags(place, folder))
     assert "not as they were locked: 1, see above" in user_error(lock.main, "--verify", folder)
-
-
-def test_labels_outside_the_target_maps(place, user_error, monkeypatch, tmp_path):
-    digits = data.DATASETS["digits"]
-
-    def load(root, split):
-        part = digits.load(root, split)
-        return part._replace(labels=torch.where(part.labels == 7, 12, part.labels))
-
-    monkeypatch.setitem(data.DATASETS, "digits", digits._replace(load=load))
-    line = user_error(lock.main, *lock_flags(place, tmp_path / "new"))
-    assert "train has the label 12, outside the 10 classes that the target maps know" in line
-    assert not (tmp_path / "new").exists()
