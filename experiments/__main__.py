@@ -196,13 +196,13 @@ def table(groups):
 
 
 def plot(groups, path):
-    """Write a picture of the curves: a panel for each model and variant, a colour for each method.
+    """Write a picture of the curves: a panel for each model, variant and lock, a colour for each method.
 
     A line is the mean of the seeds, and the band around it goes from the least to the largest.
     """
     panels, methods = {}, sorted({group[0]["method"] for group in groups})
     for group in groups:
-        title = "{architecture} on {dataset}".format(**group[0]) + (group[0]["name"] and f", {group[0]['name']}")
+        title = "{architecture} on {dataset}, {}\n{lock_name}".format(group[0]["name"] or "plain", **group[0])
         panels.setdefault(title, []).append(group)
     columns = min(len(panels), 4)
     rows = math.ceil(len(panels) / columns)
