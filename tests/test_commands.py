@@ -38,12 +38,6 @@ def test_locked_files_are_aligned_with_the_data_set(place, split, suffix):
     assert (images != originals[:96]).any(dim=(1, 2, 3)).all()
 
 
-def test_locking_twice_gives_the_same_bytes(place, command, tmp_path):
-    command(lock.main, *lock_flags(place), "--lock-data", tmp_path)
-    for name in ("train_image_basic", "test_label_basic"):
-        assert (tmp_path / name).read_bytes() == (place / name).read_bytes()
-
-
 def test_all_methods_at_once_give_the_files_that_each_gives_alone(place, command, monkeypatch, tmp_path):
     attacks, attack = [], lock.attack
     monkeypatch.setattr(

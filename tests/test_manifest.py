@@ -84,20 +84,16 @@ def test_locked_files_without_a_manifest_are_taken_and_the_log_says_so(place, lo
     assert json.loads((place / "preresnet8" / "basic" / "seed31" / "result.json").read_text())["lock"] is None
 
 
-def test_files_that_do_not_belong_together(place, locked, user_error, monkeypatch):
+def test_files_that_do_not_belong_together(place, user_error, monkeypatch):
     def refusal(**paths):
-        flags = [part for key, name in paths.items() for part in (f"--locked_{key}", locked / name)]
-        return user_error(train.main, "--work-path", place / "preresnet8", "--lock-data", locked, "--seed", 32, *flags)
-
-    def without_folder(**paths):  # --lock-data would take the place of other files
-        flags = [part for key, name in paths.items() for part in (f"--locked_{key}", locked / name)]
+        flags = [part for key, name in paths.items() for part in (f"--locked_{key}", place / name)]
         return user_error(train.main, "--work-path", place / "preresnet8", "--seed", 32, *flags)
 
-    line = without_folder(train_image="train_image_basic", train_label="test_label_basic")
+    line = refusal(train_image="train_image_basic", train_label="test_label_basic")
     assert "test_label_basic: not the labels that were locked with" in line
-    line = without_folder(test_image="test_image_50_horiz", test_label="test_label_50_horiz")
+    line = refusal(test_image="test_image_50_horiz", test_label="test_label_50_horiz")
     assert "test_image_50_horiz: another lock than that of" in line
-    line = without_folder(test_image="train_image_basic", test_label="train_label_basic")
+    line = refusal(test_image="train_image_basic", test_label="train_label_basic")
     assert "given as locked_test_image, but it was locked as the train set" in line
 
     digits = data.DATASETS["digits"]
