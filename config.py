@@ -38,7 +38,7 @@ KEYS = {
     "ckpt_name": Key("ckpt", "name of the checkpoints, without .pth.tar"),
     "num_classes": Key(10, "number of classes", 1, MANY),
     "use_gpu": Key(True, "train on the GPU, if there is one"),
-    "input_size": Key(32, "longer side of the images in pixels", 1, MANY),
+    "input_size": Key(32, "accepted, not used: images tell their size themselves"),
     "epochs": Key(250, "passes over the training set", 1, MANY),
     "batch_size": Key(128, "images in a training step", 1, MANY),
     "test_batch": Key(200, "images evaluated at once", 1, MANY),
@@ -84,7 +84,7 @@ for _name, _key in KEYS.items():
 # A run may be resumed with other values of these keys: the data are compared themselves, not by their paths. So may
 # epochs, where the schedule is STEP. Any other key would make it a different run.
 FREE_ON_RESUME = {
-    *("eval_freq", "test_batch", "use_gpu", "compile", "workers"),
+    *("eval_freq", "test_batch", "use_gpu", "compile", "workers", "input_size"),
     *(key for key in CONFIG if key.startswith(("locked_", "orig_data", "ckpt_"))),
 }
 ALIASES = {"data_path": "orig_data_path"}  # CIFAR-ZOO's name: ours

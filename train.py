@@ -172,10 +172,8 @@ def load_data(config):
     data["original"] = original.images, original.labels
     for name, (images, labels) in data.items():
         where = config.get(f"{name}_image", config.orig_data_path)
-        height, width = images.shape[2:]
-        if max(height, width) != config.input_size:
-            size, wanted = f"{width}x{height} pixels", max(height, width)
-            raise UserError(f"{where}: images are {size}, but input_size is {config.input_size}; set it to {wanted}")
+        if images.shape[1:] != original.images.shape[1:]:
+            raise UserError(f"{where}: its images differ in size from those in {config.orig_data_path}")
         if labels.min() < 0 or labels.max() >= config.num_classes:
             found = f"labels go from {labels.min()} to {labels.max()}"
             raise UserError(

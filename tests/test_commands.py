@@ -213,7 +213,6 @@ def test_mistakes_in_training(place, user_error, command, tmp_path):
     assert "ckpt_path" in user_error(train.main, "--work-path", work, "--ckpt_path", tmp_path)
     assert "--alpha goes with --lock-method" in user_error(train.main, "--work-path", work, "--alpha", 0.3)
     assert "num_classes is 5" in user_error(train.main, "--work-path", work, "--num_classes", 5)
-    assert "input_size is 28" in user_error(train.main, "--work-path", work, "--input_size", 28)
     alone = ["--architecture", "mobilenet_v2", "--batch_size", 95, "--seed", 10]  # of 96 images
     assert "batch_size 95: leaves the last of 96 images" in user_error(train.main, "--work-path", work, *alone)
     line = user_error(

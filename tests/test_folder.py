@@ -123,7 +123,7 @@ def test_the_three_commands_and_back(digits, command, user_error, tmp_path):
     assert (tree.images != originals.images).any(dim=(1, 2, 3)).all()
 
     (tmp_path / "config.yaml").write_text(
-        f"{{architecture: preresnet8, dataset: folder, orig_data_path: {photos}, num_classes: 4, input_size: 24}}"
+        f"{{architecture: preresnet8, dataset: folder, orig_data_path: {photos}, num_classes: 4}}"
     )
     command(train.main, "--work-path", tmp_path, "--lock-data", locked, "--epochs", 1)
     result = json.loads((tmp_path / "basic" / "seed0" / "result.json").read_text())
