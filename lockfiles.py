@@ -175,10 +175,10 @@ def find_misfit(value, schema, where="it"):
 
 
 def read_json(path):
-    """What a JSON file holds; raises UserError where it is damaged."""
+    """The dict that a JSON file holds; raises UserError where it is damaged."""
     try:
-        return json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not JSON, or damaged ({first_line(error)}); lock again with --overwrite") from error
 
 

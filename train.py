@@ -411,9 +411,9 @@ def note_start(path, epochs, device):
     """
     try:
         starts = json.loads(path.read_text()) if path.exists() else []
-    except ValueError as error:
+        starts = [start for start in starts if start["from_epoch"] < epochs.start]
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: damaged ({utils.first_line(error)}); delete it, and the run goes on") from error
-    starts = [start for start in starts if start["from_epoch"] < epochs.start]
     if epochs:
         start = {
             "from_epoch": epochs.start,

@@ -313,12 +313,13 @@ def check_losses(folder, model, log):
             )
 
 
-def report(store, key):
+def report(store, adversarial):
     """Say which checkpoint is the best, and how good; there is none where no epoch beat the one resumed from."""
     path = Path(store.path, "checkpoint.pt.best")
     if path.exists():
         best = read_checkpoint(path)
-        print(f"Base classifier: {path}, {best[key]:.2f} % on the test set after epoch {best['epoch']}")
+        key, what = ("adv_prec1", "the attacked test set") if adversarial else ("nat_prec1", "the test set")
+        print(f"Base classifier: {path}, {best[key]:.2f} % on {what} after epoch {best['epoch']}")
     else:
         print(f"No epoch was better than the checkpoint resumed from: {path} was not written")
 
@@ -385,7 +386,7 @@ def train():
             # one GPU: the copies for others would call the forward that is bound to the first one's weights
             gpus = [device.index] if device.type == "cuda" else None
             main.train_model(args, model.to(device), loaders, store=store, checkpoint=checkpoint, dp_device_ids=gpus)
-            report(store, "adv_prec1" if args.adv_train else "nat_prec1")
+            report(store, args.adv_train)
 
 
 if __name__ == "__main__":
