@@ -6,7 +6,7 @@
 Every image is attacked by targeted PGD in an L2 ball, each class towards another by a fixed map, and the
 attacks of a method are blended and laid side by side. Writes, for train and test, a file of images and one of
 labels, and a manifest that says how they were made and how well the lock took. A command that was interrupted
-goes on where it was when it is given again. Method and constants: arXiv:2002.03793.
+goes on where it was when it is given again. The method: Hu et al., 2020, arXiv:2002.03793.
 
     python lock.py --verify ./data
     python lock.py --unlock --key KEYFILE --lock-data ./data --orig-data ./unlocked
@@ -368,15 +368,15 @@ def parse_arguments():
     )
     add("--eps", type=number(float, 0), default=0.5, help="L2 radius, in pixels of [0, 1] (default: %(default)s)")
     add("--attack-lr", type=number(float, 0), default=0.1, help="L2 length of a step (default: %(default)s)")
-    add("--attack-steps", type=number(int, 0, 10**6), default=100, help="steps an attack (default: %(default)s)")
+    add("--attack-steps", type=number(int, 0, 10**6), default=100, help="steps of an attack (default: %(default)s)")
     add("--alpha", type=number(float, 0, 1), help="horiz and mixandcat: share of the left side (default: 0.5)")
     add("--lambd", type=number(float, 0, 1), help="mixup and mixandcat: weight of a blend's first (default: 0.5)")
     add(
         "--precision",
         choices=["auto", *PRECISIONS],
         default="auto",
-        help="what the gradients are computed in; auto: less than float32 where the device is faster so, or as the "
-        "lock was begun (default: %(default)s)",
+        help="of the gradients; auto: half precision where that is faster, or as the lock was begun "
+        "(default: %(default)s)",
     )
     add(
         "--compile",

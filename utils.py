@@ -235,10 +235,10 @@ def pick_precision(name, device, model, begun=None):
             return "bfloat16", "this GPU multiplies matrices faster in it"
         if torch.cuda.get_device_capability(device) >= (7, 0):
             return "float16", "this GPU multiplies matrices faster in it, and has no bfloat16"
-        return "float32", "this GPU is not faster in less"
+        return "float32", "half precision is no faster on this GPU"
     if suits_amx(model):
         return "bfloat16", "this CPU's AMX multiplies matrices faster in it"
-    return "float32", "less is not known to be faster for this model on this CPU"
+    return "float32", "half precision is not known to be faster for this model on this CPU"
 
 
 def has_amx():

@@ -47,7 +47,7 @@ VARIANTS = {
     "adversarial": {"adversarial.eps": 0.5},
 }
 
-# arXiv:2002.03793, accuracy in % on the original and on the locked test set of CIFAR-10, after full training.
+# From the original's README: accuracy in % on the original and on the locked test set of CIFAR-10.
 PAPER = {
     ("densenet100bc", "basic"): (22.78, 94.70),
     ("densenet100bc", "horiz"): (29.69, 94.62),

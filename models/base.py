@@ -221,7 +221,7 @@ def parse_arguments(main):
         "--precision",
         choices=["auto", "float32", "bfloat16"],
         default="auto",
-        help="what the network computes in; auto: bfloat16 where the device is faster so (default: auto)",
+        help="of training (--eval-only is float32); auto: bfloat16 where that is faster (default: auto)",
     )
     parser.add_argument(
         "--compile",
