@@ -174,7 +174,7 @@ DATASETS = {
 }
 
 
-def one_name(dataset):
+def canonical_name(dataset):
     """cifar and cifar10 are one data set."""
     return "cifar10" if dataset == "cifar" else dataset
 

@@ -135,15 +135,15 @@ def lock_batch(classifier, surrogate, images, labels, maps, sources, methods, ar
     return results
 
 
-def lock_split(classifier, surrogate, images, labels, maps, split, places, args, device, ranks):
+def lock_split(classifier, surrogate, images, labels, maps, split, locks, args, device, ranks):
     """Lock a split, one batch a rank at a time; writes a shard for each batch and method that has none yet.
 
-    places gives the Paths of each method. The target is computed from the true label on the training set, and on
+    locks gives the Paths of each method. The target is computed from the true label on the training set, and on
     the test set from what the base classifier predicts, so that an image without a label can be locked too.
     """
     sources = "labels" if split == "train" else "predictions"
     batches = {start: slice(start, start + args.batch_size) for start in range(0, len(images), args.batch_size)}
-    todo = list(ranks.on_first(shards.missing, places, split, batches).items())
+    todo = list(ranks.on_rank0(shards.missing, locks, split, batches).items())
     if not todo:
         return
     if len(todo) < len(batches):
@@ -167,7 +167,7 @@ def lock_split(classifier, surrogate, images, labels, maps, split, places, args,
                 advance = partial(progress.update, sum(sizes[start] for start, _ in together))
                 results = lock_batch(classifier, surrogate, inputs, truth, maps, sources, methods, args, advance)
             made = ranks.gather((results, utils.environment(device)))
-            ranks.on_first(shards.write_all, places, split, [start for start, _ in together], made)
+            ranks.on_rank0(shards.write_all, locks, split, [start for start, _ in together], made)
     seconds, count = time.time() - begun, sum(sizes.values())
     ranks.say(f"{split}: {count} images in {seconds:.0f} s, {count / seconds:.1f} a second")
 
@@ -215,8 +215,8 @@ def lock_dataset(args):
     torch.backends.cudnn.benchmark = True
     classifier = load_classifier(args.resume_path, args.arch, args.dataset, len(classes)).to(device)
     suffixes = {method: lockfiles.lock_suffix(method, args.alpha, args.lambd) for method in args.lock_method}
-    places = {method: Paths(args.lock_data, suffix) for method, suffix in suffixes.items()}
-    chosen = ranks.on_first(choose, args, places, classifier, splits["train"].images, device)
+    locks = {method: Paths(args.lock_data, suffix) for method, suffix in suffixes.items()}
+    chosen = ranks.on_rank0(choose, args, locks, classifier, splits["train"].images, device)
     args.precision, why, args.compile, args.batch_size = chosen
     utils.check_size(classifier, to_float(splits["train"].images[:1]).to(device), f"--arch {args.arch}")
     surrogate = Surrogate(classifier, PRECISIONS[args.precision])
@@ -224,29 +224,29 @@ def lock_dataset(args):
         batch_size = min(args.batch_size, len(splits["train"].labels))
         surrogate.model.forward = Compiled(surrogate.model.forward, batch_size, ranks.say)
     maps, base = target_maps(len(classes), args.manual_seed), sha256(Path(args.resume_path).read_bytes())
-    settings = {method: shards.settings_of(method, splits, maps, base, args) for method in places}
+    settings = {method: shards.settings_of(method, splits, maps, base, args) for method in locks}
     with ExitStack() as stack:
-        ranks.on_first(stack.enter_context, utils.exclusive(args.lock_data))
-        manifests = ranks.on_first(shards.prepare, places, settings, args)
-        todo = {method: paths for method, paths in places.items() if not manifests[method]}
+        ranks.on_rank0(stack.enter_context, utils.exclusive(args.lock_data))
+        manifests = ranks.on_rank0(shards.prepare, locks, settings, args)
+        todo = {method: paths for method, paths in locks.items() if not manifests[method]}
         if todo:
             where = f"{device} ({reason})" + (f" and {ranks.count - 1} more" if ranks.count > 1 else "")
             ranks.say(f"Locking {args.dataset} by {', '.join(todo)} with {args.arch}, on {where}")
-            ranks.say(utils.describe(args.precision, why, args.compile))
+            ranks.say(utils.describe_precision(args.precision, why, args.compile))
         for name in attacks_of(todo):
             kept = [classes[index] for index, target in enumerate(maps[name]) if index == target]
             if kept:
                 ranks.say(f"the target map {name} sends {', '.join(kept)} to itself")
         for split, (images, labels, *_) in splits.items():
             lock_split(classifier, surrogate, images, labels, maps, split, todo, args, device, ranks)
-        ranks.on_first(write_locks, places, manifests, settings, splits, args)
+        ranks.on_rank0(write_locks, locks, manifests, settings, splits, args)
     ranks.close()
 
 
-def write_locks(places, manifests, settings, splits, args):
+def write_locks(locks, manifests, settings, splits, args):
     """Write the files of every lock, or what a finished one lacks of them, and say how well each took."""
     key = sealing.make_key(args.key_out) if args.key_out else None
-    for method, paths in places.items():
+    for method, paths in locks.items():
         if manifests[method]:
             print(f"{paths.manifest}: finished already, with the same settings (--overwrite locks again)")
             manifest = shards.add_outputs(paths, manifests[method], splits, args.format, key)
@@ -255,9 +255,9 @@ def write_locks(places, manifests, settings, splits, args):
         print(describe(paths, manifest))
 
 
-def choose(args, places, classifier, images, device):
-    """Precision, why, compile, batch size: as the flags say, or as a lock in places has it, or as suits the device."""
-    begun = {} if args.overwrite else shards.earlier_choices(places)
+def choose(args, locks, classifier, images, device):
+    """Precision, why, compile, batch size: as the flags say, or as one of the locks has it, or as suits the device."""
+    begun = {} if args.overwrite else shards.earlier_choices(locks)
     precision, why = utils.pick_precision(args.precision, device, classifier, begun.get("precision"))
     compile = utils.pick_compile(args.compile, device, begun.get("compile"))
     return precision, why, compile, args.batch_size or begun.get("batch_size") or default_batch_size(images, device)
@@ -283,12 +283,12 @@ def describe(paths, manifest):
 
 def verify(folder):
     """Check every lock in a folder against its manifest; raises UserError where a file is absent or has changed."""
-    places, wrong = lockfiles.locks_in(folder), 0
+    locks, wrong = lockfiles.locks_in(folder), 0
     for path in sorted(Path(folder).glob(".lock_*")):
         print(f"{path}: an interrupted lock; the command that began it finishes it")
-    if not places:
+    if not locks:
         raise UserError(f"--verify {folder}: holds no lock_*.json; name a folder that was given as --lock-data")
-    for paths in places:
+    for paths in locks:
         manifest = lockfiles.read_manifest(paths)
         errors = [*lockfiles.check_files(paths, manifest), *lockfiles.check_unlisted(paths, manifest)]
         wrong += len(errors)
@@ -297,7 +297,7 @@ def verify(folder):
         raise UserError(
             f"--verify {folder}: files that are not as they were locked: {wrong}, see above; get those again"
         )
-    print(f"{folder}: every file of {', '.join(paths.manifest.name for paths in places)} is as it was locked")
+    print(f"{folder}: every file of {', '.join(paths.manifest.name for paths in locks)} is as it was locked")
 
 
 def unlock(args):

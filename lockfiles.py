@@ -164,14 +164,14 @@ MANIFEST = {
 }
 
 
-def find_misfit(value, schema, where="it"):
+def find_invalid(value, schema, where="it"):
     """The name of what in a value does not fit MANIFEST or a part of it; or None where all does."""
     if not isinstance(schema, dict):
         return None if schema(value) else where
     if not isinstance(value, dict):
         return where
-    misfits = (find_misfit(value[key], part, key) if key in value else key for key, part in schema.items())
-    return next((misfit for misfit in misfits if misfit), None)
+    found = (find_invalid(value[key], part, key) if key in value else key for key, part in schema.items())
+    return next((invalid for invalid in found if invalid), None)
 
 
 def read_json(path):
@@ -187,17 +187,17 @@ def read_manifest(paths):
     if not paths.manifest.is_file():
         return None
     manifest = read_json(paths.manifest)
-    misfit = find_misfit(manifest, MANIFEST)
-    if not misfit:
+    invalid = find_invalid(manifest, MANIFEST)
+    if not invalid:
         listed = set(manifest["files"])
         groups = {form: {paths.name(path) for path in group} for form, group in paths.groups().items()}
         whole = {form for form, names in groups.items() if names <= listed}
         if listed != set().union(*(groups[form] for form in whole)) or not whole & {"tensor", "png"}:
-            misfit = "files"
+            invalid = "files"
         elif ("sealed" in whole) != (manifest["sealed_with"] is not None):
-            misfit = "sealed_with"
-    if misfit:
-        raise UserError(f"{paths.manifest}: not a manifest of lock.py: {misfit} is not as it should be; lock again")
+            invalid = "sealed_with"
+    if invalid:
+        raise UserError(f"{paths.manifest}: not a manifest of lock.py: {invalid} is not as it should be; lock again")
     return manifest
 
 

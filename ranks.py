@@ -32,7 +32,7 @@ class Ranks:
         dist.gather_object(value, values)
         return values
 
-    def on_first(self, function, *args):
+    def on_rank0(self, function, *args):
         """What function(*args) returns, called on rank 0 alone; its error ends every rank, and is told once."""
         if self.count == 1:
             return function(*args)

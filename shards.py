@@ -32,7 +32,7 @@ def settings_of(method, splits, maps, base, args):
         **{name: getattr(args, name) for name in lockfiles.parameters_of(method)},
         **{name: getattr(args, name) for name in ("eps", "attack_lr", "attack_steps", "batch_size", "manual_seed")},
         **{name: getattr(args, name) for name in ("precision", "compile", "subset")},
-        "dataset": data.one_name(args.dataset),
+        "dataset": data.canonical_name(args.dataset),
         "classes": splits["train"].classes,
         "original_sha256": {
             split: {"images": hash_tensor(images), "labels": hash_tensor(labels)}
@@ -65,9 +65,9 @@ CHOICES = {
 }
 
 
-def earlier_choices(places):
+def earlier_choices(locks):
     """The CHOICES of the first lock that is finished or was begun, by name; none where there is no such lock."""
-    for paths in places.values():
+    for paths in locks.values():
         manifest = lockfiles.read_manifest(paths)
         settings = manifest["settings"] if manifest else begun_with(paths)
         if settings:
@@ -109,9 +109,9 @@ def check_finished(paths, manifest, key_out):
         raise UserError(f"--key-out {key_out}: {paths.manifest} is sealed with another key; name that one")
 
 
-def check_places(places, args):
+def check_places(locks, args):
     """Raise UserError where a lock would replace a seal, what is not of a lock, or even the originals."""
-    for paths in places.values():
+    for paths in locks.values():
         seal = next((path for path in paths.groups()["sealed"] if path.exists()), None)
         if seal and args.overwrite and not args.key_out:
             raise UserError(f"{seal}: --overwrite would delete this seal for good; give --key-out, or take it away")
@@ -129,19 +129,19 @@ def check_places(places, args):
             )
 
 
-def prepare(places, settings, args):
+def prepare(locks, settings, args):
     """Make ready for locking by each method; returns, for each, its manifest where that is done, or else None.
 
     Raises UserError before anything is changed.
     """
-    check_places(places, args)
-    manifests = {method: find_finished(paths, settings[method], args.overwrite) for method, paths in places.items()}
-    for method, paths in places.items():
+    check_places(locks, args)
+    manifests = {method: find_finished(paths, settings[method], args.overwrite) for method, paths in locks.items()}
+    for method, paths in locks.items():
         if manifests[method]:
             check_finished(paths, manifests[method], args.key_out)
     if args.key_out:
         sealing.make_key(args.key_out)
-    for method, paths in places.items():
+    for method, paths in locks.items():
         for folder in (paths.staging, paths.trash):  # left by a process that was killed
             shutil.rmtree(folder, ignore_errors=True)
         if not manifests[method]:
@@ -176,20 +176,20 @@ def shard_path(paths, split, start):
     return paths.partial / f"{split}_{start:08d}"
 
 
-def missing(places, split, starts):
+def missing(locks, split, starts):
     """The batches of a split without a whole shard, by the image that each begins at, and the methods that lack it."""
     lacking = {
-        start: [method for method, paths in places.items() if read_shard(paths, split, start) is None]
+        start: [method for method, paths in locks.items() if read_shard(paths, split, start) is None]
         for start in starts
     }
     return {start: methods for start, methods in lacking.items() if methods}
 
 
-def write_all(places, split, starts, made):
+def write_all(locks, split, starts, made):
     """Keep what lock_batch returned for the batches that begin at starts; made holds it with its environment."""
     for start, (results, made_with) in zip(starts, made):
         for method, (locked, measured) in results.items():
-            path, file = shard_path(places[method], split, start), io.BytesIO()
+            path, file = shard_path(locks[method], split, start), io.BytesIO()
             torch.save({"of": path.name, "locked": locked, "measured": measured, "made_with": made_with}, file)
             write_file(path, file.getvalue())
 

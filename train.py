@@ -34,7 +34,7 @@ import utils
 from attack import attack
 from augmentation import as_inputs, augment, make_mixer, preprocess
 from config import CONFIG, FREE_ON_RESUME, KEYS, load_config
-from data import DATASETS, SPLITS, is_plain, one_name, to_float
+from data import DATASETS, SPLITS, canonical_name, is_plain, to_float
 from graphs import Captured, Compiled
 from lockfiles import METHODS, Paths, hash_tensor, load_locked, load_whole, lock_suffix, parse_suffix, split_path
 from models import MODELS
@@ -197,7 +197,7 @@ def check_manifest(manifest, split, train_manifest, original, config):
     path, settings = Path(config[f"locked_{split}_image"]), manifest["settings"]
     if split_path(path)[1] != split:
         raise UserError(f"{path}: given as locked_{split}_image, but it was locked as the {split_path(path)[1]} set")
-    if settings["dataset"] != one_name(config.dataset):
+    if settings["dataset"] != canonical_name(config.dataset):
         raise UserError(f"{path}: the data set is {settings['dataset']}, but the config says {config.dataset}")
     if settings["classes"] != original.classes:
         raise UserError(f"{path}: its classes are not those of {config.orig_data_path}; name the data that was locked")
@@ -536,7 +536,7 @@ def run(args, config, data, manifest, folder, suffix):
     begun = json.loads(state["config"]) if state else {}
     config.precision, why = utils.pick_precision(config.precision, device, model, begun.get("precision"))
     config.compile = utils.pick_compile(config.compile, device)
-    log(utils.describe(config.precision, why, config.compile))
+    log(utils.describe_precision(config.precision, why, config.compile))
     learner = make_learner(model, config)
     if state:
         restore(state, learner, config, data_hash)

@@ -268,7 +268,7 @@ def pick_compile(name, device, begun=None):
     return begun or ("always" if device.type == "cuda" else "never")
 
 
-def describe(precision, why, compile):
+def describe_precision(precision, why, compile):
     """What a command says of pick_precision and pick_compile, as a line."""
     return f"in {precision} ({why})" + (", compiled" if compile == "always" else "")
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import utils
 from config import FREE_ON_RESUME
-from data import one_name
+from data import canonical_name
 from lockfiles import METHODS
 from utils import UserError, flatten
 
@@ -132,7 +132,7 @@ def gather(folders):
     for path in sorted({path.resolve() for folder in folders for path in Path(folder).rglob("result.json")}):
         try:
             result = {"name": "", **json.loads(path.read_text()), "folder": path.parent}
-            result["dataset"] = one_name(result["dataset"])
+            result["dataset"] = canonical_name(result["dataset"])
             result.update({key: float(result[key]) for key in ("locked_acc", "orig_acc")})
             result["method"] = method_of(result)
             same = "{dataset} {architecture:s} {method} {name:s} {epochs:d}".format(**result)

@@ -331,7 +331,7 @@ def speed_up(network, args, device):
         precision, why = "float32", "robustness does not scale the loss, as float16 needs it"
     # compiled, every step of robustness' attack would take the weights' gradients too
     compile = "never" if args.adv_train or args.adv_eval else utils.pick_compile(args.compile, device)
-    print(utils.describe(precision, why, compile))
+    print(utils.describe_precision(precision, why, compile))
     network.to(memory_format=torch.channels_last)
     if compile == "always":
         # as CUDA graphs, since a GPU would wait for robustness' loop to launch every kernel

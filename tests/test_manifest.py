@@ -232,13 +232,13 @@ def test_a_lock_is_finished_wherever_it_was_cut_off(place, command, monkeypatch,
     _, _, settings, splits, args = handed[-1]
 
     def go_on(folder):
-        places = {"basic": lockfiles.Paths(folder, "basic")}
-        manifest = lockfiles.read_manifest(places["basic"])
+        locks = {"basic": lockfiles.Paths(folder, "basic")}
+        manifest = lockfiles.read_manifest(locks["basic"])
         args.overwrite = manifest is not None and manifest["settings"] != settings["basic"]
-        manifests = shards.prepare(places, settings, args)
+        manifests = shards.prepare(locks, settings, args)
         if not manifests["basic"]:
-            assert not any(shards.missing(places, split, range(0, 4, 2)) for split in splits)
-        lock.write_locks(places, manifests, settings, splits, args)
+            assert not any(shards.missing(locks, split, range(0, 4, 2)) for split in splits)
+        lock.write_locks(locks, manifests, settings, splits, args)
 
     n, is_cut = 0, True
     while is_cut:
