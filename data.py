@@ -15,8 +15,6 @@ from utils import UserError, first_line
 
 SPLITS = ("train", "test")
 
-# Data sets
-
 
 class Split(NamedTuple):
     """One split of a data set. images uint8 [N, 3, H, W]; labels int64 [N], which index the list classes; names

@@ -41,6 +41,8 @@ TARGET_MAPS = {
     "T3": (6, 2, 9, 1, 0, 7, 5, 3, 4, 8),
     "T4": (3, 9, 6, 1, 5, 8, 4, 7, 0, 2),
 }
+# How many images of 32x32 pixels to attack at once: so many that a GPU waits for no launch, few enough for its memory.
+BATCH_SIZES = {"cuda": 500, "cpu": 128}
 
 
 def target_maps(num_classes, seed):
@@ -201,7 +203,15 @@ def weaknesses(summary):
         yield "the base classifier is wrong on most originals: was it trained on them, and long enough?"
 
 
-# The three things that this script does
+def describe(paths, manifest):
+    """The report of a lock, as text."""
+    lines = [f"{paths.manifest}: {', '.join(manifest['files'])}"]
+    for split, summary in manifest["report"].items():
+        lines += [f"{split}, {summary['images']} images", report(summary)]
+    return "\n".join(lines)
+
+
+# Lock, verify, unlock
 
 
 def lock_dataset(args):
@@ -263,22 +273,10 @@ def choose(args, locks, classifier, images, device):
     return precision, why, compile, args.batch_size or begun.get("batch_size") or default_batch_size(images, device)
 
 
-# How many images of 32x32 pixels to attack at once: so many that a GPU waits for no launch, few enough for its memory.
-BATCH_SIZES = {"cuda": 500, "cpu": 128}
-
-
 def default_batch_size(images, device):
     """How many images [N, C, H, W] to attack at once, by their size."""
     height, width = images.shape[2:]
     return max(1, BATCH_SIZES[device.type] * 32 * 32 // (height * width))
-
-
-def describe(paths, manifest):
-    """The report of a lock, as text."""
-    lines = [f"{paths.manifest}: {', '.join(manifest['files'])}"]
-    for split, summary in manifest["report"].items():
-        lines += [f"{split}, {summary['images']} images", report(summary)]
-    return "\n".join(lines)
 
 
 def verify(folder):
@@ -345,6 +343,9 @@ def write_originals(out, originals, formats):
         for path in staging.iterdir():
             path.rename(out / path.name)
         staging.rmdir()
+
+
+# The command line
 
 
 def parse_arguments():

@@ -79,7 +79,7 @@ def place(tmp_path_factory):
             patch.setattr(sys, "argv", ["command", *map(str, arguments)])
             main()
 
-        run(base.train, "--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--workers", 0,
+        run(base.train, "--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8",
             "--out-dir", place, "--exp-name", "base", "--epochs", 2)  # fmt: skip
         run(lock.main, *lock_flags(place), "--lock-method", "basic", "horiz")
     work = place / "preresnet8"

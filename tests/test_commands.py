@@ -261,7 +261,7 @@ def test_mistakes_in_the_base_classifier(place, user_error, tmp_path):
 def test_base_classifier_is_resumed(place, tmp_path, command):
     shutil.copytree(place / "base", tmp_path / "base")
     latest = tmp_path / "base" / "checkpoint.pt.latest"
-    command(base.train, "--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--workers", 0,
+    command(base.train, "--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8",
             "--out-dir", tmp_path, "--exp-name", "base", "--epochs", 3, "--resume", latest,
             "--resume-optimizer", 1)  # fmt: skip
     assert torch.load(latest)["epoch"] == 3

@@ -102,7 +102,7 @@ def digits(tmp_path_factory):
         lockfiles.write_tree(root / "photos" / split, part._replace(images=images, names=names))
     with pytest.MonkeyPatch.context() as patch:
         flags = ["--dataset", "folder", "--data", root / "photos", "--adv-train", 0, "--arch", "preresnet8",
-                 "--out-dir", root, "--exp-name", "base", "--epochs", 2, "--workers", 0]  # fmt: skip
+                 "--out-dir", root, "--exp-name", "base", "--epochs", 2]  # fmt: skip
         patch.setattr("sys.argv", ["command", *map(str, flags)])
         base.train()
     return root
@@ -163,6 +163,6 @@ def test_mistakes_with_a_folder(digits, user_error, tmp_path):
         line = user_error(lock.main, *flags, "--lock-data", f"{digits}/photos{inside}")
         assert "what is handed out and the originals in" in line
     line = user_error(base.train, "--dataset", "folder", "--data", digits / "photos", "--adv-train", 0, "--arch",
-                      "resnet18", "--out-dir", tmp_path, "--exp-name", "new", "--workers", 0)  # fmt: skip
+                      "resnet18", "--out-dir", tmp_path, "--exp-name", "new")  # fmt: skip
     assert "--arch resnet18: does not take images of 24x20 pixels (" in line
     assert not (tmp_path / "new").exists()
