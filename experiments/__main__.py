@@ -157,10 +157,10 @@ def method_of(result):
 
 
 def lock_of(result):
-    """The base classifier of a result's lock, with the start of its checkpoint's SHA-256, and eps."""
+    """The base classifier of a result's lock, with the start of its checkpoint's SHA-256, eps and steps."""
     if not result["lock"]:
         return "no manifest"
-    return "{arch:s} {base_sha256:.7s}, eps {eps:g}".format(**result["lock"]["settings"])
+    return "{arch:s} {base_sha256:.7s}, eps {eps:g}, {attack_steps} steps".format(**result["lock"]["settings"])
 
 
 def place_in_table(group):

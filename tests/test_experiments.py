@@ -35,7 +35,7 @@ def results(tmp_path):
         {"name": "jpeg10"},
         {"dataset": "digits"},
         {"config": {"epochs": 2, "seed": 0, "batch_size": 8}},
-        {"lock": {"settings": {"eps": 2.0, "arch": "resnet50", "base_sha256": "0123456789"}}},
+        {"lock": {"settings": {"eps": 2.0, "attack_steps": 9, "arch": "resnet50", "base_sha256": "0123456789"}}},
         {"dataset": "digits"},  # a copy
     ]
     for index, other in enumerate([{}, *others]):  # only the second is of the same kind as the first
@@ -51,7 +51,8 @@ def test_the_table_puts_seeds_together_beside_the_papers_numbers(results, comman
         "| cifar10 | vgg19 | basic | plain | no manifest | 2 | 2 | 29.00 ± 1.41 | 29.00 ± 0.00 | 93.00 ± 0.00 "
         "| 28.77 / 93.58 |",
         "| cifar10 | vgg19 | basic | plain | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 | 28.77 / 93.58 |",
-        "| cifar10 | vgg19 | basic | plain | resnet50 0123456, eps 2 | 2 | 1 | 28.00 | 29.00 | 93.00 | 28.77 / 93.58 |",
+        "| cifar10 | vgg19 | basic | plain | resnet50 0123456, eps 2, 9 steps | 2 | 1 | 28.00 | 29.00 | 93.00 "
+        "| 28.77 / 93.58 |",
         "| cifar10 | vgg19 | basic | jpeg10 | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
         "| cifar10 | vgg19 | horiz alpha 0.3 | plain | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
         "| digits | vgg19 | basic | plain | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
