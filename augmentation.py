@@ -118,10 +118,10 @@ def augment(images, config):
 
 
 def preprocess(images, config):
-    """uint8 images [N, 3, H, W] as somebody changes them who hopes to take a lock off, before anything else sees them.
+    """The countermeasures of the config's preprocess section, applied to a whole data set, uint8 images [N, 3, H, W].
 
-    Grayscale; Gaussian blur, its kernel three standard deviations to each side; the highest bits of each colour
-    alone; and the compression of JPEG, each where the config says so.
+    In this order: grayscale; Gaussian blur, its kernel three standard deviations to each side; the highest bits of each
+    channel alone; and the compression of JPEG.
     """
     options = config.preprocess
     if options.grayscale:

@@ -27,9 +27,10 @@ class Compiled:
         if self.compiled and torch.is_grad_enabled() and len(images) == self.batch_size:
             try:
                 return self.compiled(images, *args, **kwargs)
-            except torch.cuda.OutOfMemoryError:
-                raise
             except Exception as error:  # no C++ compiler, or one of many other reasons: none stops the work
+                recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+                if recording or isinstance(error, torch.cuda.OutOfMemoryError):
+                    raise
                 reason = first_line(getattr(error, "inner_exception", error))
                 self.say(f"torch.compile failed ({reason}): going on without")
                 self.compiled = None

@@ -88,7 +88,7 @@ def combine(attacked, method, alpha=0.5, lambd=0.5):
 
 @torch.no_grad()
 def measure(classifier, images, locked, labels, targets):
-    """What is known of a batch, as one number or truth value an image, by name.
+    """Measurements of each image of a batch, by name, as tensors [N].
 
     images and locked uint8 [N, 3, H, W]: the originals, and what is delivered; targets [maps, N].
     """
@@ -432,7 +432,7 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    if args.verify is not None:
+    if args.verify:
         verify(args.verify)
     elif args.unlock:
         unlock(args)

@@ -186,7 +186,7 @@ def missing(locks, split, starts):
 
 
 def write_all(locks, split, starts, made):
-    """Keep what lock_batch returned for the batches that begin at starts; made holds it with its environment."""
+    """Write shards of the batches that begin at starts; made pairs each result of lock_batch with its environment."""
     for start, (results, made_with) in zip(starts, made):
         for method, (locked, measured) in results.items():
             path, file = shard_path(locks[method], split, start), io.BytesIO()

@@ -244,8 +244,8 @@ def best_of(checkpoint):
     return checkpoint.with_name(checkpoint.name.replace(".pth.tar", "_best.pth.tar"))
 
 
-def save_checkpoint(path, learner, epoch, history, config, data_hash):
-    """Write all that --resume needs, after an epoch; history is the list of the evaluations so far.
+def to_checkpoint(learner, epoch, history, config, data_hash):
+    """All that --resume needs, after an epoch, as a file's bytes; history is the list of the evaluations so far.
 
     History and config are JSON: pickled, equal objects can differ in their bytes, and here they never do.
     """
@@ -260,7 +260,7 @@ def save_checkpoint(path, learner, epoch, history, config, data_hash):
     }
     file = io.BytesIO()
     torch.save(state, file)
-    write_file(path, file.getvalue())
+    return file.getvalue()
 
 
 def keep_epoch(checkpoint, learner, epoch, record, history, config, data_hash):
@@ -268,12 +268,12 @@ def keep_epoch(checkpoint, learner, epoch, record, history, config, data_hash):
     on the locked test set. The checkpoint of the epoch before is kept too."""
     is_best = record and record["locked_acc"] > max((earlier["locked_acc"] for earlier in history), default=-1)
     history += [record] if record else []
-    state = learner, epoch, history, config, data_hash
+    content = to_checkpoint(learner, epoch, history, config, data_hash)
     if is_best:  # the best first: were it second, a run stopped between the two would never write it
-        save_checkpoint(best_of(checkpoint), *state)
+        write_file(best_of(checkpoint), content)
     if checkpoint.exists():
         os.replace(checkpoint, previous(checkpoint))
-    save_checkpoint(checkpoint, *state)
+    write_file(checkpoint, content)
 
 
 def read_checkpoint(checkpoint, log):
@@ -300,7 +300,7 @@ def read_checkpoint(checkpoint, log):
 
 
 def restore(state, learner, config, data_hash):
-    """Bring back what save_checkpoint wrote; raises UserError where it is of another run."""
+    """Bring back what to_checkpoint kept; raises UserError where it is of another run."""
     free = FREE_ON_RESUME | ({"epochs"} if config.lr_scheduler.type == "STEP" else set())
     before = {**flatten(CONFIG), **json.loads(state["config"])}  # keys that are newer than the run had their defaults
     for key, now in flatten(config).items():

@@ -117,7 +117,7 @@ def run_all(args, rest):
                 child.terminate()  # its checkpoints are whole at any time
             raise
     if failed:
-        raise UserError(f"{failed} of {len(todo)} runs failed, see above; mended, the same command runs them again")
+        raise UserError(f"{failed} of {len(todo)} runs failed, see above; the same command tries them again")
 
 
 # Gather

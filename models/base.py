@@ -52,6 +52,7 @@ with warnings.catch_warnings():
     from robustness import datasets as robustness_datasets
     from robustness.attacker import AttackerModel
     from robustness.model_utils import DummyModel
+    from robustness.tools.helpers import accuracy
 
 
 @contextmanager
@@ -303,6 +304,14 @@ def make_store(main, args):
     return main.setup_store_with_metadata(args)
 
 
+def accuracies(logits, labels):
+    """robustness' custom_accuracy: its own top-1 and top-5 accuracies in percent, but as numbers.
+
+    Of tensors, its loop would format the values after each step, and wait until the GPU has finished it.
+    """
+    return [value.item() for value in accuracy(logits, labels, topk=(1, min(5, logits.shape[-1])))]
+
+
 def check_losses(folder, model, log):
     """robustness' epoch_hook: raise UserError where a loss is NaN or infinity, as checkpoints in folder may be."""
     for name in ("train_loss", "nat_loss", "adv_loss"):
@@ -371,7 +380,7 @@ def train():
     test_batches = Batches(test_split, device, args.batch_size)
     utils.make_folder(args.out_dir)
     store = make_store(main, args)
-    args.epoch_hook = partial(check_losses, store.path)
+    args.custom_accuracy, args.epoch_hook = accuracies, partial(check_losses, store.path)
     print(f"{args.arch} on {args.dataset}, on {device} ({reason}), in {store.path}")
     with closing(store), cuda_optional():
         if args.eval_only:

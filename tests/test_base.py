@@ -10,7 +10,16 @@ import torch
 from torch import nn
 
 from data import Split, to_float
-from models.base import Batches, attacker_model, check_losses, load_base, load_classifier, read_checkpoint, speed_up
+from models.base import (
+    Batches,
+    accuracies,
+    attacker_model,
+    check_losses,
+    load_base,
+    load_classifier,
+    read_checkpoint,
+    speed_up,
+)
 from tests.conftest import Malicious
 from utils import UserError
 
@@ -89,6 +98,14 @@ def test_weights_that_are_not_finite(checkpoint):
     torch.save(state, path)
     with pytest.raises(UserError, match="NaN"):
         load_base(path, "preresnet8", "cifar")
+
+
+def test_accuracies_are_numbers():
+    """Two of four are right at first, three among the best five of six classes."""
+    logits = torch.eye(6)[[0, 1, 2, 3]] - torch.eye(6)[[5, 5, 5, 5]]
+    found = accuracies(logits, torch.tensor([0, 1, 4, 5]))
+    assert found == [50.0, 75.0] and all(type(value) is float for value in found)
+    assert accuracies(logits[:, :3], torch.tensor([0, 1, 0, 0]))[1] == 100.0
 
 
 def test_a_classifier_that_diverges_ends_the_training():

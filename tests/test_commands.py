@@ -236,7 +236,8 @@ def test_mistakes_in_locking(place, user_error, tmp_path):
     assert "CIFAR-10 is not there" in user_error(lock.main, *elsewhere, "--dataset", "cifar", "--orig-data", tmp_path)
     assert "--alpha" in user_error(lock.main, *elsewhere, "--alpha", 1.5)
     assert "--attack-steps" in user_error(lock.main, *elsewhere, "--attack-steps", 10**401)
-    assert "holds no lock" in user_error(lock.main, "--verify", "")
+    assert "--verify: is empty; give it a value" in user_error(lock.main, "--verify", "")
+    assert "--key-out: is empty; give it a value" in user_error(lock.main, *elsewhere, "--key-out=")
     assert "--lock-method" in user_error(lock.main, *elsewhere, "--lock-method", "vertical")
     assert not (tmp_path / "new").exists()
 

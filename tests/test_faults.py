@@ -207,7 +207,8 @@ def test_a_folder_that_cannot_be_written_to(place, user_error, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", lambda path: content)
     monkeypatch.setitem(data.DATASETS, "digits", digits._replace(load=lambda root, split: splits[split]))
     with no_privileges() as folder:
-        assert f"Permission denied: '{folder}/new'" in user_error(lock.main, *lock_flags(place, folder / "new"))
+        line = user_error(lock.main, *lock_flags(place, folder / "new"))
+        assert f"{folder}/new: cannot be a folder to write to (Permission denied); name another" in line
         assert "Permission denied" in user_error(lock.main, *lock_flags(place, folder))
 
 

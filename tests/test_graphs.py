@@ -220,3 +220,13 @@ def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch, part):
         assert torch.equal(outputs, model(images))
         outputs.sum().backward()
     assert said == ["torch.compile failed (Failed to find C compiler): going on without"]
+
+
+def test_a_failure_to_compile_ends_a_recording(monkeypatch):
+    """Going on without, as elsewhere, would record the slower step for good."""
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: partial(fails, function))
+    compiled = Compiled(nn.Conv2d(3, 2, 3).forward, 1)
+    for name in ("is_available", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
+    with pytest.raises(RuntimeError, match="Failed to find C compiler"):
+        compiled(torch.rand(1, 3, 8, 8))

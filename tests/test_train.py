@@ -1,5 +1,6 @@
 """The training loop: schedules, what is trained and evaluated, what is reported."""
 
+import io
 import math
 
 import pytest
@@ -131,8 +132,8 @@ def test_the_state_of_a_float16_training_is_kept(tmp_path):
     train.train_epoch(train.make_step(learners[0], config), images, labels, config)
     momentum = [state["momentum_buffer"] for state in learners[0].optimizer.state.values()]
     assert momentum and not any(buffer.any() for buffer in momentum)  # the step was left out
-    train.save_checkpoint(tmp_path / "state", learners[0], 1, [], config, "data")
-    train.restore(torch.load(tmp_path / "state"), learners[1], config, "data")
+    state = torch.load(io.BytesIO(train.to_checkpoint(learners[0], 1, [], config, "data")))
+    train.restore(state, learners[1], config, "data")
     assert learners[1].scaler.get_scale() == learners[0].scaler.get_scale() == 2.0**99
     for mine, theirs in zip(learners[0].model.parameters(), learners[1].model.parameters()):
         assert torch.equal(mine, theirs)

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from cox.utils import Parameters
 from easydict import EasyDict
+from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
@@ -43,7 +44,7 @@ from data import Split, to_float
 from graphs import Compiled
 from lockfiles import METHODS, attacks_of
 from models import MODELS
-from models.base import Batches, Surrogate, attacker_model, augment_photos, cuda_optional, speed_up
+from models.base import Batches, Surrogate, accuracies, attacker_model, augment_photos, cuda_optional, speed_up
 from utils import UserError
 
 
@@ -206,12 +207,13 @@ def base_works(device, precision, size):
         if fast:
             with redirect_stdout(io.StringIO()):  # it says what the table's head says already
                 speed_up(model.model, args, device)
-        model = model.to(device)
+        model = nn.DataParallel(model.to(device), [device.index] if on_gpu else None)  # as robustness does it
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+        hooks = Parameters({"custom_accuracy": accuracies} if fast else {})
 
         def epoch():
             with cuda_optional(), redirect_stderr(io.StringIO()):
-                loops._model_loop(Parameters({}), "train", loader, model, optimizer, 0, False, None)
+                loops._model_loop(hooks, "train", loader, model, optimizer, 0, False, None)
 
         return epoch
 
