@@ -138,6 +138,8 @@ def test_the_three_commands_and_back(digits, command, user_error, tmp_path):
 
     again = ["--work-path", tmp_path, "--lock-data", locked, "--overwrite"]
     assert "has 4 classes, but num_classes is 5; set it to 4" in user_error(train.main, *again, "--num_classes", 5)
+    line = user_error(train.main, *again, "--dataset", "digits")
+    assert f"{locked}/train_image_basic: its images differ in size from those in {photos}" in line
     for name in ("vgg19", "vit"):
         line = user_error(train.main, *again, "--architecture", name)
         assert f"{name}: does not take images of 24x20 pixels (" in line
