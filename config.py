@@ -57,6 +57,7 @@ KEYS = {
     "cutmix_alpha": Key(1.0, "alpha of the Beta distribution of the piece's area", 0.01, MANY),
     "train_on": Key("locked", "locked or original images: a control"),
     "preprocess.grayscale": Key(False, "take the colours away, in training and test sets"),
+    # at most 2, for images of at least 8x8 pixels
     "preprocess.blur": Key(0.0, "standard deviation in pixels of a Gaussian blur, in training and test sets", 0, 2),
     "preprocess.bits": Key(8, "bits kept of each colour channel, in training and test sets", 1, 8),
     "preprocess.jpeg_quality": Key(0, "compress by JPEG of this quality, in training and test sets; 0: do not", 0, 100),
@@ -104,24 +105,24 @@ def load_config(path, overrides):
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected keys and values, like 'epochs: 250'")
-    defaults, config = flatten(CONFIG), EasyDict(deepcopy(CONFIG))
     for alias, key in ALIASES.items():
         if {alias, key} <= content.keys():
             raise UserError(f"{path}: {alias} and {key} are one key; give one of them")
     given = {ALIASES.get(key, key): value for key, value in flatten(content).items()}
-    where = {key: f"{path}: {key}" for key in [*defaults, *given]}
+    where = {key: f"{path}: {key}" for key in [*KEYS, *given]}
     for key, text in overrides.items():
         # text stays text where text is wanted: a folder named 1e3 is no number
-        as_text = defaults[key] is str or isinstance(defaults[key], str)
+        as_text = KEYS[key].default is str or isinstance(KEYS[key].default, str)
         given[key], where[key] = text if as_text else parse_value(text), f"--{key}"
+    config = EasyDict(deepcopy(CONFIG))
     for key, value in given.items():
         if isinstance(CONFIG.get(key), dict):
             raise UserError(f"{where[key]}: expected keys below it, like {', '.join(CONFIG[key])}")
-        if key not in defaults:
-            raise UserError(f"{path}: unknown key '{key}'{did_you_mean(key, defaults)}")
+        if key not in KEYS:
+            raise UserError(f"{path}: unknown key '{key}'{did_you_mean(key, KEYS)}")
         section, _, name = key.rpartition(".")
-        (config[section] if section else config)[name] = convert(value, defaults[key], where[key])
-    missing = [key for key, default in defaults.items() if default is str and key not in given]
+        (config[section] if section else config)[name] = convert(value, KEYS[key].default, where[key])
+    missing = [name for name, key in KEYS.items() if key.default is str and name not in given]
     if missing:
         raise UserError(f"{path}: the key '{missing[0]}' is missing")
     check_values(config, where)

@@ -32,7 +32,7 @@ from graphs import Compiled
 from lockfiles import METHODS, Paths, attacks_of, parameters_of, sha256
 from models.base import Surrogate, load_classifier
 from ranks import Ranks
-from utils import COMPILE, MAX_SEED, PRECISIONS, UserError, number, write_file
+from utils import COMPILE, PRECISIONS, UserError, number, parse_seed, write_file
 
 # True class -> target class, in CIFAR-10's order. T2 keeps class 9 and T4 class 7, as the original does.
 TARGET_MAPS = {
@@ -394,7 +394,7 @@ def parse_arguments():
     add("--subset", type=number(int, 1), help="lock only the first SUBSET images of each split")
     add(
         "--manual-seed",
-        type=number(int, 0, MAX_SEED),
+        type=parse_seed,
         default=23,
         help="seed of the target maps of more than ten classes; the attack draws nothing (default: %(default)s)",
     )

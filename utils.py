@@ -51,9 +51,6 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-MAX_SEED = 2**32 - 1  # on a CPU torch.manual_seed takes no notice of further bits
-
-
 def number(kind, low, high=math.inf):
     """A converter of a flag's text to a finite number, int or float, from low to high."""
 
@@ -65,6 +62,10 @@ def number(kind, low, high=math.inf):
 
     parse.__name__ = f"number from {low}" + (f" to {high}" if high < math.inf else "")  # argparse shows it
     return parse
+
+
+MAX_SEED = 2**32 - 1  # on a CPU torch.manual_seed takes no notice of further bits
+parse_seed = number(int, 0, MAX_SEED)
 
 
 def run_command(main, if_interrupted="nothing more was written"):

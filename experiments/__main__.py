@@ -272,13 +272,7 @@ def parse_arguments():
     add("--images", metavar="FILE", help="also show the images that each lock method made, in this file")
     add("--run", action="store_true", help="first train what is not trained yet")
     add("--lock-method", nargs="+", choices=[*METHODS, "all"], default=[None], help="default: that of config.yaml")
-    add(
-        "--seed",
-        nargs="+",
-        type=utils.number(int, 0, utils.MAX_SEED),
-        default=[None],
-        help="default: that of config.yaml",
-    )
+    add("--seed", nargs="+", type=utils.parse_seed, default=[None], help="default: that of config.yaml")
     add(
         "--variant",
         nargs="+",

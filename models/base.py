@@ -216,8 +216,9 @@ def parse_arguments(main):
     defaults, parser = main.defaults, utils.Parser(__doc__)
     for group in (defaults.CONFIG_ARGS, defaults.MODEL_LOADER_ARGS, defaults.TRAINING_ARGS, defaults.PGD_ARGS):
         defaults.add_args_to_parser(group, parser)
-    seed = utils.number(int, 0, utils.MAX_SEED)
-    parser.add_argument("--manual-seed", type=seed, default=23, help="seed of everything drawn (default: 23)")
+    parser.add_argument(
+        "--manual-seed", type=utils.parse_seed, default=23, help="seed of everything drawn (default: 23)"
+    )
     parser.add_argument(
         "--precision",
         choices=["auto", "float32", "bfloat16"],
