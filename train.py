@@ -18,6 +18,8 @@ import shlex
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -25,6 +27,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map_only
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from torchvision.utils import make_grid, save_image
@@ -244,8 +247,8 @@ def best_of(checkpoint):
     return checkpoint.with_name(checkpoint.name.replace(".pth.tar", "_best.pth.tar"))
 
 
-def to_checkpoint(learner, epoch, history, config, data_hash):
-    """All that --resume needs, after an epoch, as a file's bytes; history is the list of the evaluations so far.
+def snapshot(learner, epoch, history, config, data_hash):
+    """All that --resume needs, after an epoch, copied to the CPU; history is the list of the evaluations so far.
 
     History and config are JSON: pickled, equal objects can differ in their bytes, and here they never do.
     """
@@ -258,22 +261,46 @@ def to_checkpoint(learner, epoch, history, config, data_hash):
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
+    return tree_map_only(torch.Tensor, partial(torch.Tensor.to, device="cpu", copy=True), state)
+
+
+def write_checkpoint(checkpoint, state, is_best):
+    """Write a snapshot as the last checkpoint, and as the best one if it is; that of the epoch before is kept too."""
     file = io.BytesIO()
     torch.save(state, file)
-    return file.getvalue()
-
-
-def keep_epoch(checkpoint, learner, epoch, record, history, config, data_hash):
-    """Add an epoch's record, if it has one, to the history, and write its checkpoint; a second one where it is the best
-    on the locked test set. The checkpoint of the epoch before is kept too."""
-    is_best = record and record["locked_acc"] > max((earlier["locked_acc"] for earlier in history), default=-1)
-    history += [record] if record else []
-    content = to_checkpoint(learner, epoch, history, config, data_hash)
     if is_best:  # the best first: were it second, a run stopped between the two would never write it
-        write_file(best_of(checkpoint), content)
+        write_file(best_of(checkpoint), file.getvalue())
     if checkpoint.exists():
         os.replace(checkpoint, previous(checkpoint))
-    write_file(checkpoint, content)
+    write_file(checkpoint, file.getvalue())
+
+
+@contextmanager
+def background():
+    """A function that starts another in a thread, once the one before has ended; so does leaving the context.
+
+    What a function raises, the next call raises, or the end of the context.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        last = None
+
+        def start(function, *args):
+            nonlocal last
+            if last:
+                last.result()
+            last = thread.submit(function, *args)
+
+        yield start
+        if last:
+            last.result()
+
+
+def keep_epoch(write, learner, epoch, record, history, config, data_hash):
+    """Add an epoch's record, if it has one, to the history; write gets a snapshot, and whether it is the best so far,
+    on the locked test set."""
+    is_best = record and record["locked_acc"] > max((earlier["locked_acc"] for earlier in history), default=-1)
+    history += [record] if record else []
+    write(snapshot(learner, epoch, history, config, data_hash), is_best)
 
 
 def read_checkpoint(checkpoint, log):
@@ -300,7 +327,7 @@ def read_checkpoint(checkpoint, log):
 
 
 def restore(state, learner, config, data_hash):
-    """Bring back what to_checkpoint kept; raises UserError where it is of another run."""
+    """Bring back what a snapshot holds; raises UserError where it is of another run."""
     free = FREE_ON_RESUME | ({"epochs"} if config.lr_scheduler.type == "STEP" else set())
     before = {**flatten(CONFIG), **json.loads(state["config"])}  # keys that are newer than the run had their defaults
     for key, now in flatten(config).items():
@@ -547,14 +574,15 @@ def run(args, config, data, manifest, folder, suffix):
     writers = open_writers(folder, done + 1)
     picture = show_pictures(data, folder, writers["run"])
     data = {name: (images.to(device), labels.to(device)) for name, (images, labels) in data.items()}
-    keep = partial(keep_epoch, checkpoint, learner, history=history, config=config, data_hash=data_hash)
-    if done == config.epochs and history[-1]["epoch"] < done:  # it was to go on when it was trained
-        keep(done, {"epoch": done, **evaluate_both(learner.model, data, done, config, writers)})
-
     epochs, step = range(done + 1, config.epochs + 1), make_step(learner, config, log)
     made_with = note_start(folder / "made_with.json", epochs, device)
-    for epoch in epochs:
-        keep(epoch, run_epoch(learner, step, data, epoch, config, writers, log))
+    with background() as start:  # a checkpoint of vgg19 takes about as long to write as an epoch on a GPU
+        write = partial(start, write_checkpoint, checkpoint)
+        keep = partial(keep_epoch, write, learner, history=history, config=config, data_hash=data_hash)
+        if done == config.epochs and history[-1]["epoch"] < done:  # it was to go on when it was trained
+            keep(done, {"epoch": done, **evaluate_both(learner.model, data, done, config, writers)})
+        for epoch in epochs:
+            keep(epoch, run_epoch(learner, step, data, epoch, config, writers, log))
     result = summary(config, suffix, args.name, history)
     add_hparams(writers["run"], config, result)
     for writer in writers.values():

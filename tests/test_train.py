@@ -1,13 +1,15 @@
 """The training loop: schedules, what is trained and evaluated, what is reported."""
 
-import io
 import math
+import threading
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from easydict import EasyDict
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import train
 from config import CONFIG
@@ -132,11 +134,48 @@ def test_the_state_of_a_float16_training_is_kept(tmp_path):
     train.train_epoch(train.make_step(learners[0], config), images, labels, config)
     momentum = [state["momentum_buffer"] for state in learners[0].optimizer.state.values()]
     assert momentum and not any(buffer.any() for buffer in momentum)  # the step was left out
-    state = torch.load(io.BytesIO(train.to_checkpoint(learners[0], 1, [], config, "data")))
-    train.restore(state, learners[1], config, "data")
+    train.restore(train.snapshot(learners[0], 1, [], config, "data"), learners[1], config, "data")
     assert learners[1].scaler.get_scale() == learners[0].scaler.get_scale() == 2.0**99
     for mine, theirs in zip(learners[0].model.parameters(), learners[1].model.parameters()):
         assert torch.equal(mine, theirs)
+
+
+def test_a_snapshot_stays_as_it_is_while_training_goes_on(tmp_path):
+    config = config_of(tmp_path, MINIMAL, architecture="preresnet8", precision="float32")
+    learner, images, labels = new_learner(config), *two_tones(16, [0, 1])
+    before = learner.model.fc.weight.detach().clone()
+    snapshots = [train.snapshot(learner, 1, [], config, "data")]
+    for group in learner.optimizer.param_groups:
+        group["lr"].fill_(0.5)
+    train.train_epoch(train.make_step(learner, config), images, labels, config)
+    snapshots.append(train.snapshot(learner, 2, [], config, "data"))
+    assert torch.equal(snapshots[0]["model"]["fc.weight"], before)
+    now, then = (
+        [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)] for state in reversed(snapshots)
+    )
+    unchanged = sum(torch.equal(mine, theirs) for mine, theirs in zip(now, then, strict=True))
+    assert len(now) > 50 and unchanged == 0
+
+
+def test_what_runs_in_the_background_takes_turns_and_tells_its_errors():
+    done, go_on = [], threading.Event()
+
+    def wait_and_append(value):
+        go_on.wait()
+        done.append(value)
+
+    with train.background() as start:
+        start(wait_and_append, 1)
+        assert done == []  # it did not wait
+        go_on.set()
+        start(done.append, 2)
+        start(done.append, 3)
+    assert done == [1, 2, 3]
+    for later in ([], [partial(done.append, 4)]):
+        with pytest.raises(ZeroDivisionError), train.background() as start:
+            for function in [partial(divmod, 1, 0), *later]:
+                start(function)
+    assert done == [1, 2, 3]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(monkeypatch):
