@@ -10,6 +10,7 @@ first trains each combination of work paths, methods, seeds and variants, severa
 handed on to train.py (--epochs 40). The same command goes on after an interruption, and trains nothing twice.
 """
 
+import argparse
 import itertools
 import json
 import math
@@ -218,7 +219,7 @@ def plot(groups, path):
             draw(axis, group, "locked_acc", group[0]["method"], color, "-")
             draw(axis, group, "orig_acc", None, color, "--")
         axis.legend(fontsize="small")
-    save(figure, path, "--plot")
+    figure.savefig(path, dpi=100)
 
 
 def draw(axis, results, key, label, color, style):
@@ -246,15 +247,15 @@ def show(groups, path):
         axis.set_axis_off()
         axis.set_title(f"{method}: originals, locked images, ten times the difference", loc="left")
         axis.imshow(image.imread(Path(folder, "images.png")))
-    save(figure, path, "--images")
+    figure.savefig(path, dpi=100)
 
 
-def save(figure, path, flag):
-    """Write a figure; raises UserError, naming the flag, where the path cannot be that of a picture."""
-    try:
-        figure.savefig(path, dpi=100)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{flag} {path}: {utils.first_line(error)}") from error
+def picture(text):
+    """A converter of a flag's text to the path of a picture, in a folder that there is."""
+    path = Path(text)
+    if path.suffix.lower() not in (".png", ".pdf", ".svg") or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: name a PNG, PDF or SVG file, in a folder that there is")
+    return path
 
 
 def parse_arguments():
@@ -268,8 +269,8 @@ def parse_arguments():
         default=["experiments"],
         help="folders of experiments (default: all)",
     )
-    add("--plot", metavar="FILE", help="also draw the curves, into this PNG, PDF or SVG file")
-    add("--images", metavar="FILE", help="also show the images that each lock method made, in this file")
+    add("--plot", type=picture, metavar="FILE", help="also draw the curves, into this PNG, PDF or SVG file")
+    add("--images", type=picture, metavar="FILE", help="also show the images that each lock method made, in this file")
     add("--run", action="store_true", help="first train what is not trained yet")
     add("--lock-method", nargs="+", choices=[*METHODS, "all"], default=[None], help="default: that of config.yaml")
     add("--seed", nargs="+", type=utils.parse_seed, default=[None], help="default: that of config.yaml")

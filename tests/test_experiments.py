@@ -105,7 +105,9 @@ def test_the_readmes_say_what_the_results_say():
 
 def test_mistakes(results, user_error, tmp_path):
     assert "holds no result.json" in user_error(study.main, "--work-path", tmp_path / "none")
-    assert "--plot curves.gifx: " in user_error(study.main, "--work-path", results, "--plot", "curves.gifx")
+    for path in ("curves.gif", "none/curves.png"):  # told before anything is trained
+        line = user_error(study.main, "--run", "--work-path", tmp_path, "--plot", path)
+        assert f"--plot: {path}: name a PNG, PDF or SVG file, in a folder that there is" in line
     assert "unknown flag --epochs; flags of train.py go with --run" in user_error(study.main, "--epochs", 3)
     assert "--images: there is no images.png" in user_error(study.main, "--work-path", results, "--images", "i.png")
     assert "--run needs --work-path" in user_error(study.main, "--run")
