@@ -250,11 +250,16 @@ def check_unlisted(paths, manifest):
 # Writing
 
 
+def serialize(value):
+    """What torch.save writes of tensors and plain values, as bytes."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
 def to_bytes(tensor):
     """What a locked file holds: torch.save of a list of one tensor, as the original's lists of batches."""
-    file = io.BytesIO()
-    torch.save([tensor.clone()], file)  # cloned, since a slice would be saved with all that it is a slice of
-    return file.getvalue()
+    return serialize([tensor.clone()])  # cloned, since a slice would be saved with all that it is a slice of
 
 
 def write_tree(folder, part):

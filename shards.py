@@ -4,7 +4,6 @@ The settings of a lock decide its bytes. What was begun or finished with some se
 replaced with others unasked.
 """
 
-import io
 import itertools
 import json
 import os
@@ -189,9 +188,9 @@ def write_all(locks, split, starts, made):
     """Write shards of the batches that begin at starts; made pairs each result of lock_batch with its environment."""
     for start, (results, made_with) in zip(starts, made):
         for method, (locked, measured) in results.items():
-            path, file = shard_path(locks[method], split, start), io.BytesIO()
-            torch.save({"of": path.name, "locked": locked, "measured": measured, "made_with": made_with}, file)
-            write_file(path, file.getvalue())
+            path = shard_path(locks[method], split, start)
+            shard = {"of": path.name, "locked": locked, "measured": measured, "made_with": made_with}
+            write_file(path, lockfiles.serialize(shard))
 
 
 def read_shard(paths, split, start):

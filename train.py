@@ -9,7 +9,6 @@ of each lock method and seed: experiments/cifar10/preresnet110/basic/seed0; with
 """
 
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -39,7 +38,17 @@ from augmentation import as_inputs, augment, make_mixer, preprocess
 from config import CONFIG, FREE_ON_RESUME, KEYS, load_config
 from data import DATASETS, SPLITS, canonical_name, is_plain, to_float
 from graphs import Captured, Compiled
-from lockfiles import METHODS, Paths, hash_tensor, load_locked, load_whole, lock_suffix, parse_suffix, split_path
+from lockfiles import (
+    METHODS,
+    Paths,
+    hash_tensor,
+    load_locked,
+    load_whole,
+    lock_suffix,
+    parse_suffix,
+    serialize,
+    split_path,
+)
 from models import MODELS
 from utils import PRECISIONS, UserError, flatten, number, write_file
 
@@ -266,13 +275,12 @@ def snapshot(learner, epoch, history, config, data_hash):
 
 def write_checkpoint(checkpoint, state, is_best):
     """Write a snapshot as the last checkpoint, and as the best one if it is; that of the epoch before is kept too."""
-    file = io.BytesIO()
-    torch.save(state, file)
+    content = serialize(state)
     if is_best:  # the best first: were it second, a run stopped between the two would never write it
-        write_file(best_of(checkpoint), file.getvalue())
+        write_file(best_of(checkpoint), content)
     if checkpoint.exists():
         os.replace(checkpoint, previous(checkpoint))
-    write_file(checkpoint, file.getvalue())
+    write_file(checkpoint, content)
 
 
 @contextmanager
@@ -295,12 +303,12 @@ def background():
             last.result()
 
 
-def keep_epoch(write, learner, epoch, record, history, config, data_hash):
-    """Add an epoch's record, if it has one, to the history; write gets a snapshot, and whether it is the best so far,
-    on the locked test set."""
+def keep_epoch(start, checkpoint, learner, epoch, record, history, config, data_hash):
+    """Add an epoch's record, if it has one, to the history, and start writing its checkpoint: as the best one too,
+    where the locked accuracy is the largest so far."""
     is_best = record and record["locked_acc"] > max((earlier["locked_acc"] for earlier in history), default=-1)
     history += [record] if record else []
-    write(snapshot(learner, epoch, history, config, data_hash), is_best)
+    start(write_checkpoint, checkpoint, snapshot(learner, epoch, history, config, data_hash), is_best)
 
 
 def read_checkpoint(checkpoint, log):
@@ -577,8 +585,7 @@ def run(args, config, data, manifest, folder, suffix):
     epochs, step = range(done + 1, config.epochs + 1), make_step(learner, config, log)
     made_with = note_start(folder / "made_with.json", epochs, device)
     with background() as start:  # a checkpoint of vgg19 takes about as long to write as an epoch on a GPU
-        write = partial(start, write_checkpoint, checkpoint)
-        keep = partial(keep_epoch, write, learner, history=history, config=config, data_hash=data_hash)
+        keep = partial(keep_epoch, start, checkpoint, learner, history=history, config=config, data_hash=data_hash)
         if done == config.epochs and history[-1]["epoch"] < done:  # it was to go on when it was trained
             keep(done, {"epoch": done, **evaluate_both(learner.model, data, done, config, writers)})
         for epoch in epochs:

@@ -225,7 +225,8 @@ def plot(groups, path):
             draw(axis, group, "locked_acc", group[0]["method"], color, "-")
             draw(axis, group, "orig_acc", None, color, "--")
         axis.legend(fontsize="small")
-    figure.savefig(path, dpi=100)
+    with utils.naming(path):
+        figure.savefig(path, dpi=100)
 
 
 def draw(axis, results, key, label, color, style):
@@ -253,7 +254,8 @@ def show(groups, path):
         axis.set_axis_off()
         axis.set_title(f"{method}: originals, locked images, ten times the difference", loc="left")
         axis.imshow(image.imread(Path(folder, "images.png")))
-    figure.savefig(path, dpi=100)
+    with utils.naming(path):
+        figure.savefig(path, dpi=100)
 
 
 def picture(text):
