@@ -17,9 +17,9 @@ utils.run_command(lock.main)
 
 def torchrun(count, script, *arguments):
     """Run a script in processes that torchrun starts, of one thread each, as torchrun sets it anyway."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={count}"]
     return subprocess.run(
-        [sys.executable, *launcher, *map(str, [script, *arguments])],
+        [sys.executable, *(launcher if count > 1 else []), *map(str, [script, *arguments])],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."},
         capture_output=True,
         text=True,
