@@ -12,6 +12,7 @@ CIFAR architectures or of models/; --constraint, --eps and --attack-lr are requi
 import ast
 import codecs
 import inspect
+import io
 import math
 import os
 import sys
@@ -35,7 +36,7 @@ from augmentation import color_jitter, random_crop, random_flip, random_rotation
 from data import DATASETS, SPLITS, to_float
 from graphs import Compiled
 from models import MODELS
-from utils import COMPILE, PRECISIONS, UserError
+from utils import COMPILE, PRECISIONS, UserError, write_file
 
 # To run robustness today
 
@@ -63,6 +64,20 @@ def cuda_optional():
         return
     stay = {"cuda": lambda self, *args, **kwargs: self}
     with mock.patch.multiple(torch.Tensor, **stay), mock.patch.multiple(nn.Module, **stay):
+        yield
+
+
+@contextmanager
+def whole_checkpoints():
+    """Let torch.save, by which robustness writes over its last checkpoint, put a whole file in its place at once."""
+    save = torch.save
+
+    def save_whole(state, path, **options):
+        content = io.BytesIO()
+        save(state, content, **options)
+        write_file(path, content.getvalue())
+
+    with mock.patch.object(torch, "save", save_whole):
         yield
 
 
@@ -246,9 +261,11 @@ def parse_arguments(main):
         where = "--" if "required" in str(error) else "--config-path: "
         raise UserError(where + str(error).replace("_", "-")) from error
     check_arguments(args)
+    args.step_lr = args.step_lr or NEVER  # for 0 robustness makes no schedule, and could not go on
     return args
 
 
+NEVER = 10**9  # epochs
 # The least value of each flag that is a number.
 LEAST = {
     **dict.fromkeys(("epochs", "batch_size", "log_iters", "attack_steps"), 1),
@@ -273,7 +290,8 @@ def check_arguments(args):
         )
     utils.check_known(args.arch, ARCHITECTURES, "--arch")
     folder = Path(args.out_dir, args.exp_name or "")
-    goes_on = args.eval_only or (args.resume and Path(args.resume).resolve().parent == folder.resolve())
+    same_folder = args.resume and Path(args.resume).resolve().parent == folder.resolve()
+    goes_on = args.eval_only or (same_folder and args.resume_optimizer)
     if args.exp_name and not goes_on and (folder / "checkpoint.pt.best").exists():
         raise UserError(
             f"--exp-name {args.exp_name}: {folder} holds a classifier already, finished or not; choose another name, "
@@ -294,6 +312,31 @@ def check_expressions(args):
     except (ValueError, TypeError, SyntaxError, ZeroDivisionError) as error:
         flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
         raise UserError(f"{flag}: expected a number, or of a multiplier [(epoch, factor), ...]") from error
+
+
+def read_resumed(args, model):
+    """The checkpoint of --resume, changed so that robustness goes on with it as if it had not stopped.
+
+    It saves a schedule before the step that ends an epoch, and would stay one epoch behind. And it would replace
+    checkpoint.pt.best by any that is better than the one resumed from.
+    """
+    from robustness.train import make_optimizer_and_schedule  # here: robustness_main has imported it
+
+    checkpoint = read_checkpoint(args.resume)
+    if "optimizer" not in checkpoint:
+        raise UserError(f"{args.resume}: holds no optimizer; leave --resume-optimizer out")
+    optimizer, schedule = make_optimizer_and_schedule(args, model, checkpoint, None)
+    optimizer.step()  # changes nothing, since there are no gradients, but PyTorch wants it before the schedule's
+    schedule.step()
+    best, key = Path(args.out_dir, args.exp_name or "", "checkpoint.pt.best"), accuracy_key(args.adv_train)
+    if key in checkpoint and best.exists():
+        checkpoint[key] = max(checkpoint[key], read_checkpoint(best).get(key, 0))
+    return {**checkpoint, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+
+
+def accuracy_key(adversarial):
+    """Where robustness' checkpoints have the accuracy that the best is chosen by."""
+    return "adv_prec1" if adversarial else "nat_prec1"
 
 
 def make_store(main, args):
@@ -328,8 +371,8 @@ def report(store, adversarial):
     path = Path(store.path, "checkpoint.pt.best")
     if path.exists():
         best = read_checkpoint(path)
-        key, what = ("adv_prec1", "the attacked test set") if adversarial else ("nat_prec1", "the test set")
-        print(f"Base classifier: {path}, {best[key]:.2f} % on {what} after epoch {best['epoch']}")
+        what = "the attacked test set" if adversarial else "the test set"
+        print(f"Base classifier: {path}, {best[accuracy_key(adversarial)]:.2f} % on {what} after epoch {best['epoch']}")
     else:
         print(f"No epoch was better than the checkpoint resumed from: {path} was not written")
 
@@ -371,9 +414,7 @@ def train():
     train_split, test_split = (DATASETS[args.dataset].load(args.data, split) for split in SPLITS)
     which = args.arch, args.dataset, len(train_split.classes)
     model = load_base(args.resume, *which) if args.resume else attacker_model(*which)
-    checkpoint = read_checkpoint(args.resume) if args.resume and args.resume_optimizer else None
-    if checkpoint and "optimizer" not in checkpoint:
-        raise UserError(f"{args.resume}: holds no optimizer; leave --resume-optimizer out")
+    checkpoint = read_resumed(args, model) if args.resume and args.resume_optimizer and not args.eval_only else None
     image = to_float(test_split.images[:1])
     utils.check_size(model.model, image, f"--arch {args.arch}")
     if not args.eval_only:
@@ -383,7 +424,7 @@ def train():
     store = make_store(main, args)
     args.custom_accuracy, args.epoch_hook = accuracies, partial(check_losses, store.path)
     print(f"{args.arch} on {args.dataset}, on {device} ({reason}), in {store.path}")
-    with closing(store), cuda_optional():
+    with closing(store), cuda_optional(), whole_checkpoints():
         if args.eval_only:
             args.adv_eval = args.adv_eval or 0
             result = main.eval_model(args, model.to(device), test_batches, store=store)
@@ -400,4 +441,8 @@ def train():
 
 
 if __name__ == "__main__":
-    utils.run_command(train)
+    utils.run_command(
+        train,
+        if_interrupted="with --resume, its folder's checkpoint.pt.latest and --resume-optimizer 1, the same command "
+        "goes on after the last checkpoint",
+    )

@@ -244,7 +244,8 @@ def test_mistakes_in_locking(place, user_error, tmp_path):
 
 def test_mistakes_in_the_base_classifier(place, user_error, tmp_path):
     flags = ["--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--out-dir", place, "--exp-name", "base"]
-    assert "holds a classifier already, finished or not" in user_error(base.train, *flags)
+    for resume in ([], ["--resume", place / "base" / "checkpoint.pt.latest"]):  # without its optimizer it starts anew
+        assert "holds a classifier already, finished or not" in user_error(base.train, *flags, *resume)
     assert "--dataset is required" in user_error(base.train, *flags[2:])
     assert "--adv-train required" in user_error(base.train, *flags[:2], *flags[4:])
     assert "unknown name 'resnet49'" in user_error(base.train, *flags, "--exp-name", "new", "--arch", "resnet49")
@@ -259,14 +260,21 @@ def test_mistakes_in_the_base_classifier(place, user_error, tmp_path):
     assert not (place / "new").exists()
 
 
-def test_base_classifier_is_resumed(place, tmp_path, command):
-    shutil.copytree(place / "base", tmp_path / "base")
-    latest = tmp_path / "base" / "checkpoint.pt.latest"
-    command(base.train, "--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8",
-            "--out-dir", tmp_path, "--exp-name", "base", "--epochs", 3, "--resume", latest,
-            "--resume-optimizer", 1)  # fmt: skip
-    assert torch.load(latest)["epoch"] == 3
-    assert (tmp_path / "base" / "store.1.h5").exists()
+@pytest.mark.parametrize("step_lr, lr", [(1, 0.01), (0, 0.1)])
+def test_base_classifier_is_resumed(tmp_path, command, step_lr, lr):
+    """At the learning rate of the next epoch; and what is best stays, though what is resumed is worse."""
+    folder, flags = tmp_path / "base", ["--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8"]
+    flags += ["--out-dir", tmp_path, "--exp-name", "base", "--step-lr", step_lr]
+    command(base.train, *flags, "--epochs", 1)
+    latest, best = folder / "checkpoint.pt.latest", folder / "checkpoint.pt.best"
+    for path, accuracy in {latest: 0.0, best: 100.0}.items():
+        torch.save({**torch.load(path), "nat_prec1": accuracy}, path)
+    content = best.read_bytes()
+    command(base.train, *flags, "--epochs", 2, "--resume", latest, "--resume-optimizer", 1)
+    state = torch.load(latest)
+    assert state["epoch"] == 2 and state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(lr)
+    assert best.read_bytes() == content
+    assert (folder / "store.1.h5").exists()
 
 
 @pytest.mark.parametrize("script", [["lock.py"], ["train.py"], ["-m", "models.base"], ["-m", "experiments"]])

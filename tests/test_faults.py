@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import sys
 import tempfile
 import threading
@@ -21,6 +22,7 @@ import data
 import lock
 import train
 import utils
+from models import base
 from tests.conftest import lock_flags
 
 # Processes are forked from one that has imported everything, and computed nothing: they start at once.
@@ -164,6 +166,18 @@ def test_a_full_disk_costs_no_checkpoint(run, tmp_path):
     assert last.startswith("command: error: [Errno 27] File too large: ") and "ckpt" in last
     assert finish(train.main, [*flags, "--epochs", 4], output) == 0
     assert "resumed after epoch 2" in output.read_text()
+
+
+def test_a_full_disk_costs_no_base_classifier(place, tmp_path):
+    folder, output = tmp_path / "base", tmp_path / "output"
+    shutil.copytree(place / "base", folder)
+    flags = ["--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--out-dir", tmp_path]
+    flags += ["--exp-name", "base", "--resume", folder / "checkpoint.pt.latest", "--resume-optimizer", 1]
+    assert finish(base.train, [*flags, "--epochs", 4, "--log-iters", 1], output, file_size=400_000) == 2
+    last = output.read_text().splitlines()[-1]
+    assert last == f"command: error: [Errno 27] File too large: '{folder}/checkpoint.pt.latest'"
+    for name in ("checkpoint.pt.latest", "checkpoint.pt.best"):
+        assert (folder / name).read_bytes() == (place / "base" / name).read_bytes()
 
 
 def test_a_checkpoint_that_is_cut_short_costs_one_epoch(run, tmp_path):
