@@ -20,7 +20,6 @@ import types
 import warnings
 from contextlib import closing, contextmanager
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -68,16 +67,25 @@ def cuda_optional():
 
 
 @contextmanager
-def whole_checkpoints():
-    """Let torch.save, by which robustness writes over its last checkpoint, put a whole file in its place at once."""
+def careful_saving():
+    """Let torch.save, by which robustness writes over its last checkpoint, put a whole and sound one in its place.
+
+    Raises UserError where the weights hold NaN or infinity.
+    """
     save = torch.save
 
-    def save_whole(state, path, **options):
+    def save_checkpoint(state, path, **options):
+        if not isinstance(path, str):  # what torch.compile saves goes to buffers
+            return save(state, path, **options)
+        if not all_finite(state["model"]):
+            raise UserError(
+                f"epoch {state['epoch']}: the weights hold NaN or infinity; lower --lr, and choose another --exp-name"
+            )
         content = io.BytesIO()
         save(state, content, **options)
         write_file(path, content.getvalue())
 
-    with mock.patch.object(torch, "save", save_whole):
+    with mock.patch.object(torch, "save", save_checkpoint):
         yield
 
 
@@ -164,12 +172,17 @@ def read_checkpoint(path):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         state = checkpoint["model"] if "model" in checkpoint else checkpoint["state_dict"]
         state = {key.removeprefix("module."): value for key, value in state.items()}
-        finite = all(value.isfinite().all() for value in state.values())
+        finite = all_finite(state)
     except Exception as error:  # a damaged or foreign file fails in many ways; all mean the same here
         raise UserError(f"{path}: not a checkpoint of robustness, or damaged ({utils.first_line(error)})") from error
     if not finite:
         raise UserError(f"{path}: the weights hold NaN or infinity; train the base classifier again")
     return {**checkpoint, "model": state}
+
+
+def all_finite(state):
+    """Whether no tensor of a state dict holds NaN or infinity."""
+    return all(value.isfinite().all() for value in state.values())
 
 
 def load_base(path, arch, dataset, num_classes=10):
@@ -290,9 +303,8 @@ def check_arguments(args):
         )
     utils.check_known(args.arch, ARCHITECTURES, "--arch")
     folder = Path(args.out_dir, args.exp_name or "")
-    same_folder = args.resume and Path(args.resume).resolve().parent == folder.resolve()
-    goes_on = args.eval_only or (same_folder and args.resume_optimizer)
-    if args.exp_name and not goes_on and (folder / "checkpoint.pt.best").exists():
+    found = any((folder / f"checkpoint.pt.{kind}").exists() for kind in ("best", "latest"))
+    if args.exp_name and found and not (args.eval_only or goes_on(args)):
         raise UserError(
             f"--exp-name {args.exp_name}: {folder} holds a classifier already, finished or not; choose another name, "
             f"delete the folder, or go on with --resume {folder}/checkpoint.pt.latest --resume-optimizer 1"
@@ -314,23 +326,35 @@ def check_expressions(args):
         raise UserError(f"{flag}: expected a number, or of a multiplier [(epoch, factor), ...]") from error
 
 
-def read_resumed(args, model):
-    """The checkpoint of --resume, changed so that robustness goes on with it as if it had not stopped.
+def goes_on(args):
+    """Whether a run goes on with the one that its folder holds."""
+    if not (args.resume and args.resume_optimizer and args.exp_name):
+        return False
+    return Path(args.resume).resolve().parent == Path(args.out_dir, args.exp_name).resolve()
 
-    It saves a schedule before the step that ends an epoch, and would stay one epoch behind. And it would replace
-    checkpoint.pt.best by any that is better than the one resumed from.
+
+def read_resumed(args, model):
+    """The checkpoint of --resume, changed so that robustness goes on at the next epoch.
+
+    It saves a schedule before the step that ends an epoch, and would stay one epoch behind. And it takes the
+    checkpoint's accuracy for the best so far, which is that of checkpoint.pt.best, where the run stays in its folder.
+    Raises UserError where the checkpoint is of another kind of training.
     """
     from robustness.train import make_optimizer_and_schedule  # here: robustness_main has imported it
 
-    checkpoint = read_checkpoint(args.resume)
-    if "optimizer" not in checkpoint:
-        raise UserError(f"{args.resume}: holds no optimizer; leave --resume-optimizer out")
-    optimizer, schedule = make_optimizer_and_schedule(args, model, checkpoint, None)
-    optimizer.step()  # changes nothing, since there are no gradients, but PyTorch wants it before the schedule's
-    schedule.step()
-    best, key = Path(args.out_dir, args.exp_name or "", "checkpoint.pt.best"), accuracy_key(args.adv_train)
-    if key in checkpoint and best.exists():
-        checkpoint[key] = max(checkpoint[key], read_checkpoint(best).get(key, 0))
+    checkpoint = {**read_checkpoint(args.resume), "amp": None}
+    try:
+        optimizer, schedule = make_optimizer_and_schedule(args, model, checkpoint, None)
+        optimizer.step()  # changes nothing, since there are no gradients, but PyTorch wants it before the schedule's
+        while schedule.last_epoch < checkpoint["epoch"]:
+            schedule.step()
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{args.resume}: holds no optimizer that fits; leave --resume-optimizer out") from error
+    if goes_on(args):
+        best, key = Path(args.out_dir, args.exp_name, "checkpoint.pt.best"), accuracy_key(args.adv_train)
+        if key not in checkpoint:
+            raise UserError(f"{args.resume}: was trained with another --adv-train; choose another --exp-name")
+        checkpoint[key] = read_checkpoint(best).get(key, 0) if best.exists() else 0
     return {**checkpoint, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
 
 
@@ -354,16 +378,6 @@ def accuracies(logits, labels):
     Of tensors, its loop would format the values after each step, and wait until the GPU has finished it.
     """
     return [value.item() for value in accuracy(logits, labels, topk=(1, min(5, logits.shape[-1])))]
-
-
-def check_losses(folder, model, log):
-    """robustness' epoch_hook: raise UserError where a loss is NaN or infinity, as checkpoints in folder may be."""
-    for name in ("train_loss", "nat_loss", "adv_loss"):
-        if not math.isfinite(log[name]):
-            raise UserError(
-                f"epoch {log['epoch']}: {name} is {log[name]}; lower --lr, and delete {folder} or choose another "
-                "--exp-name"
-            )
 
 
 def report(store, adversarial):
@@ -414,7 +428,10 @@ def train():
     train_split, test_split = (DATASETS[args.dataset].load(args.data, split) for split in SPLITS)
     which = args.arch, args.dataset, len(train_split.classes)
     model = load_base(args.resume, *which) if args.resume else attacker_model(*which)
-    checkpoint = read_resumed(args, model) if args.resume and args.resume_optimizer and not args.eval_only else None
+    checkpoint = None
+    if args.resume and args.resume_optimizer and not args.eval_only:
+        checkpoint = read_resumed(args, model)
+        torch.manual_seed(args.manual_seed + checkpoint["epoch"])  # or it would draw what the first epoch drew
     image = to_float(test_split.images[:1])
     utils.check_size(model.model, image, f"--arch {args.arch}")
     if not args.eval_only:
@@ -422,9 +439,9 @@ def train():
     test_batches = Batches(test_split, device, args.batch_size)
     utils.make_folder(args.out_dir)
     store = make_store(main, args)
-    args.custom_accuracy, args.epoch_hook = accuracies, partial(check_losses, store.path)
+    args.custom_accuracy = accuracies
     print(f"{args.arch} on {args.dataset}, on {device} ({reason}), in {store.path}")
-    with closing(store), cuda_optional(), whole_checkpoints():
+    with closing(store), cuda_optional(), careful_saving():
         if args.eval_only:
             args.adv_eval = args.adv_eval or 0
             result = main.eval_model(args, model.to(device), test_batches, store=store)
@@ -443,6 +460,6 @@ def train():
 if __name__ == "__main__":
     utils.run_command(
         train,
-        if_interrupted="with --resume, its folder's checkpoint.pt.latest and --resume-optimizer 1, the same command "
-        "goes on after the last checkpoint",
+        if_interrupted="once its folder has a checkpoint.pt.latest, the same command with --resume THAT_FILE "
+        "--resume-optimizer 1 goes on after it",
     )

@@ -14,7 +14,7 @@ from models.base import (
     Batches,
     accuracies,
     attacker_model,
-    check_losses,
+    careful_saving,
     load_base,
     load_classifier,
     read_checkpoint,
@@ -108,11 +108,15 @@ def test_accuracies_are_numbers():
     assert accuracies(logits[:, :3], torch.tensor([0, 1, 0, 0]))[1] == 100.0
 
 
-def test_a_classifier_that_diverges_ends_the_training():
-    losses = {"epoch": 2, "train_loss": 1.0, "nat_loss": torch.tensor(1.0), "adv_loss": -1.0}
-    check_losses("folder", None, losses)
-    with pytest.raises(UserError, match="epoch 2: nat_loss is nan; lower --lr, and delete folder"):
-        check_losses("folder", None, {**losses, "nat_loss": math.nan})
+def test_a_classifier_that_diverges_replaces_no_checkpoint(tmp_path):
+    path, sound = tmp_path / "checkpoint", {"model": {"weight": torch.ones(2)}, "epoch": 1}
+    diverged = {"model": {"weight": torch.tensor([1.0, math.nan])}, "epoch": 2}
+    with careful_saving():
+        torch.save(sound, str(path), pickle_module=dill)
+        with pytest.raises(UserError, match="epoch 2: the weights hold NaN or infinity; lower --lr"):
+            torch.save(diverged, str(path), pickle_module=dill)
+    assert torch.load(path)["epoch"] == 1
+    torch.save(diverged, path)
 
 
 def test_nothing_in_a_checkpoint_runs(tmp_path):

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import data
 import lock
+import lockfiles
 import train
 from config import load_config
 from models import base
@@ -244,8 +245,15 @@ def test_mistakes_in_locking(place, user_error, tmp_path):
 
 def test_mistakes_in_the_base_classifier(place, user_error, tmp_path):
     flags = ["--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--out-dir", place, "--exp-name", "base"]
-    for resume in ([], ["--resume", place / "base" / "checkpoint.pt.latest"]):  # without its optimizer it starts anew
-        assert "holds a classifier already, finished or not" in user_error(base.train, *flags, *resume)
+    resume = ["--resume", place / "base" / "checkpoint.pt.latest"]
+    for more in ([], resume):  # without its optimizer it would start anew
+        assert "holds a classifier already, finished or not" in user_error(base.train, *flags, *more)
+    adversarial = ["--adv-train", 1, "--constraint", 2, "--eps", 1, "--attack-lr", 1]
+    line = user_error(base.train, *flags, *resume, "--resume-optimizer", 1, *adversarial)
+    assert f"{resume[1]}: was trained with another --adv-train" in line
+    torch.save({"model": torch.load(resume[1])["model"]}, tmp_path / "weights")
+    resume = ["--exp-name", "new", "--resume", tmp_path / "weights", "--resume-optimizer", 1]
+    assert "weights: holds no optimizer that fits" in user_error(base.train, *flags, *resume)
     assert "--dataset is required" in user_error(base.train, *flags[2:])
     assert "--adv-train required" in user_error(base.train, *flags[:2], *flags[4:])
     assert "unknown name 'resnet49'" in user_error(base.train, *flags, "--exp-name", "new", "--arch", "resnet49")
@@ -260,21 +268,23 @@ def test_mistakes_in_the_base_classifier(place, user_error, tmp_path):
     assert not (place / "new").exists()
 
 
-@pytest.mark.parametrize("step_lr, lr", [(1, 0.01), (0, 0.1)])
+@pytest.mark.parametrize("step_lr, lr", [(1, 0.0001), (0, 0.1)])
 def test_base_classifier_is_resumed(tmp_path, command, step_lr, lr):
-    """At the learning rate of the next epoch; and what is best stays, though what is resumed is worse."""
-    folder, flags = tmp_path / "base", ["--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8"]
-    flags += ["--out-dir", tmp_path, "--exp-name", "base", "--step-lr", step_lr]
+    """At the next epoch's learning rate; only what is better than the best takes its place."""
+    for split in data.SPLITS:
+        lockfiles.write_tree(tmp_path / "photos" / split, data.load_digits(None, split).first(48))
+    folder, flags = tmp_path / "base", ["--dataset", "folder", "--data", tmp_path / "photos", "--arch", "preresnet8"]
+    flags += ["--adv-train", 0, "--out-dir", tmp_path, "--exp-name", "base", "--step-lr", step_lr]
     command(base.train, *flags, "--epochs", 1)
     latest, best = folder / "checkpoint.pt.latest", folder / "checkpoint.pt.best"
-    for path, accuracy in {latest: 0.0, best: 100.0}.items():
-        torch.save({**torch.load(path), "nat_prec1": accuracy}, path)
-    content = best.read_bytes()
-    command(base.train, *flags, "--epochs", 2, "--resume", latest, "--resume-optimizer", 1)
-    state = torch.load(latest)
-    assert state["epoch"] == 2 and state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(lr)
-    assert best.read_bytes() == content
-    assert (folder / "store.1.h5").exists()
+    for accuracy, epochs, replaced in ((100.0, 3, False), (-1.0, 4, True)):
+        torch.save({**torch.load(best), "nat_prec1": accuracy}, best)
+        torch.save({**torch.load(latest), "nat_prec1": 50.0}, latest)
+        command(base.train, *flags, "--epochs", epochs, "--resume", latest, "--resume-optimizer", 1)
+        assert torch.load(latest)["epoch"] == epochs
+        assert torch.load(best)["epoch"] == (epochs if replaced else 1)
+    assert torch.load(latest)["optimizer"]["param_groups"][0]["lr"] == pytest.approx(lr)
+    assert (folder / "store.2.h5").exists()
 
 
 @pytest.mark.parametrize("script", [["lock.py"], ["train.py"], ["-m", "models.base"], ["-m", "experiments"]])
