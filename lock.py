@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm import tqdm
 
 import lockfiles
@@ -92,6 +91,9 @@ def measure(classifier, images, locked, labels, targets):
 
     images and locked uint8 [N, 3, H, W]: the originals, and what is delivered; targets [maps, N].
     """
+    # here, because a mistake in the flags is told seconds sooner without it
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
     images, locked = to_float(images), to_float(locked)
     predictions = classifier(locked).argmax(1)
     return {

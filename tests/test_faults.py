@@ -28,7 +28,7 @@ from tests.conftest import lock_flags
 # Processes are forked from one that has imported everything, and computed nothing: they start at once.
 PROCESSES = multiprocessing.get_context("forkserver")
 TURN = threading.Lock()  # as one process starts, it asks all others for their exit codes, which can be read but once
-PROCESSES.set_forkserver_preload(["lock", "train", "sklearn.datasets"])
+PROCESSES.set_forkserver_preload(["lock", "train", "sklearn.datasets", "torchmetrics"])
 
 
 def call(main, arguments, output, file_size):
