@@ -12,7 +12,6 @@ CIFAR architectures or of models/; --constraint, --eps and --attack-lr are requi
 import ast
 import codecs
 import inspect
-import io
 import math
 import os
 import sys
@@ -34,6 +33,7 @@ import utils
 from augmentation import color_jitter, random_crop, random_flip, random_rotation
 from data import DATASETS, SPLITS, to_float
 from graphs import Compiled
+from lockfiles import serialize
 from models import MODELS
 from utils import COMPILE, PRECISIONS, UserError, write_file
 
@@ -75,15 +75,13 @@ def careful_saving():
     save = torch.save
 
     def save_checkpoint(state, path, **options):
-        if not isinstance(path, str):  # what torch.compile saves goes to buffers
+        if not isinstance(path, str):  # a buffer: that of serialize, or of torch.compile
             return save(state, path, **options)
         if not all_finite(state["model"]):
             raise UserError(
                 f"epoch {state['epoch']}: the weights hold NaN or infinity; lower --lr, and choose another --exp-name"
             )
-        content = io.BytesIO()
-        save(state, content, **options)
-        write_file(path, content.getvalue())
+        write_file(path, serialize(state))
 
     with mock.patch.object(torch, "save", save_checkpoint):
         yield
@@ -302,9 +300,9 @@ def check_arguments(args):
             "do not work in robustness 1.2.1; leave them out"
         )
     utils.check_known(args.arch, ARCHITECTURES, "--arch")
-    folder = Path(args.out_dir, args.exp_name or "")
-    found = any((folder / f"checkpoint.pt.{kind}").exists() for kind in ("best", "latest"))
-    if args.exp_name and found and not (args.eval_only or goes_on(args)):
+    folder = folder_of(args)
+    found = folder and any((folder / f"checkpoint.pt.{kind}").exists() for kind in ("best", "latest"))
+    if found and not (args.eval_only or goes_on(args)):
         raise UserError(
             f"--exp-name {args.exp_name}: {folder} holds a classifier already, finished or not; choose another name, "
             f"delete the folder, or go on with --resume {folder}/checkpoint.pt.latest --resume-optimizer 1"
@@ -326,11 +324,17 @@ def check_expressions(args):
         raise UserError(f"{flag}: expected a number, or of a multiplier [(epoch, factor), ...]") from error
 
 
+def folder_of(args):
+    """The folder of a run, or None where robustness is to think of a new one."""
+    return Path(args.out_dir, args.exp_name) if args.exp_name else None
+
+
 def goes_on(args):
     """Whether a run goes on with the one that its folder holds."""
-    if not (args.resume and args.resume_optimizer and args.exp_name):
+    folder = folder_of(args)
+    if not (args.resume and args.resume_optimizer and folder):
         return False
-    return Path(args.resume).resolve().parent == Path(args.out_dir, args.exp_name).resolve()
+    return Path(args.resume).resolve().parent == folder.resolve()
 
 
 def read_resumed(args, model):
@@ -351,7 +355,7 @@ def read_resumed(args, model):
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{args.resume}: holds no optimizer that fits; leave --resume-optimizer out") from error
     if goes_on(args):
-        best, key = Path(args.out_dir, args.exp_name, "checkpoint.pt.best"), accuracy_key(args.adv_train)
+        best, key = folder_of(args) / "checkpoint.pt.best", accuracy_key(args.adv_train)
         if key not in checkpoint:
             raise UserError(f"{args.resume}: was trained with another --adv-train; choose another --exp-name")
         checkpoint[key] = read_checkpoint(best).get(key, 0) if best.exists() else 0
@@ -366,9 +370,9 @@ def accuracy_key(adversarial):
 def make_store(main, args):
     """robustness' store of this run. A store that an earlier run left in its folder is set aside, since
     HDF5 refuses to append a row whose texts are longer than those of the first."""
-    path = Path(args.out_dir, args.exp_name or "", "store.h5")
-    if args.exp_name and path.exists():
-        path.rename(path.with_name(f"store.{len(list(path.parent.glob('store*.h5')))}.h5"))
+    folder = folder_of(args)
+    if folder and (folder / "store.h5").exists():
+        (folder / "store.h5").rename(folder / f"store.{len(list(folder.glob('store*.h5')))}.h5")
     return main.setup_store_with_metadata(args)
 
 

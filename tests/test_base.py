@@ -116,7 +116,7 @@ def test_a_classifier_that_diverges_replaces_no_checkpoint(tmp_path):
         with pytest.raises(UserError, match="epoch 2: the weights hold NaN or infinity; lower --lr"):
             torch.save(diverged, str(path), pickle_module=dill)
     assert torch.load(path)["epoch"] == 1
-    torch.save(diverged, path)
+    torch.save(diverged, str(path))  # as ever
 
 
 def test_nothing_in_a_checkpoint_runs(tmp_path):
