@@ -8,15 +8,14 @@ BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed-$(shell cksum < requirements.txt | cut -d ' ' -f 1)
 
 .PHONY: demo test lint bench
-demo: export PATH := $(abspath $(BIN)):$(PATH)
 demo: $(INSTALLED)
 	rm -rf logs/checkpoints/digits/preresnet8
-	python -m models.base --dataset digits --adv-train 0 --arch preresnet8 \
+	$(BIN)/python -m models.base --dataset digits --adv-train 0 --arch preresnet8 \
 		--out-dir ./logs/checkpoints/digits --exp-name preresnet8
-	python lock.py --dataset digits --arch preresnet8 --lock-data ./data/digits --overwrite \
+	$(BIN)/python lock.py --dataset digits --arch preresnet8 --lock-data ./data/digits --overwrite \
 		--resume-path ./logs/checkpoints/digits/preresnet8/checkpoint.pt.best \
 		--lock-method basic --eps 2.0 --attack-lr 0.4 --attack-steps 20
-	python train.py --work-path ./experiments/digits/preresnet8 --overwrite
+	$(BIN)/python train.py --work-path ./experiments/digits/preresnet8 --overwrite
 	@echo
 	@echo "Look at the curves: $(BIN)/tensorboard --logdir experiments/digits"
 

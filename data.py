@@ -53,7 +53,8 @@ def load_cifar10(root, split):
     except RuntimeError as error:  # torchvision checks every file's MD5
         raise UserError(
             f"{root}: CIFAR-10 is not there, or a file of it is damaged; download it with "
-            f"python -c \"from torchvision.datasets import CIFAR10; CIFAR10('{root}', download=True)\""
+            f"python -c \"from torchvision.datasets import CIFAR10; CIFAR10('{root}', download=True)\", "
+            "or give --dataset folder for images of your own"
         ) from error
     images, labels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
     return Split(images, labels, data.classes, numbered(labels, data.classes))
@@ -105,8 +106,11 @@ def load_folder(root, split):
 
 
 def is_plain(name):
-    """Whether a text can be the name of a file or folder, and of none but one inside the folder that it is put in."""
-    return name not in ("", ".", "..") and name.isprintable() and not set(name) & set("/\\")
+    """Whether a text can be the name of a file or folder, and of none but one inside the folder that it is put in.
+
+    On Windows, too, where a colon may name another disk.
+    """
+    return name not in ("", ".", "..") and name.isprintable() and not set(name) & set("/\\:")
 
 
 def check_names(names, classes, where):
@@ -117,9 +121,12 @@ def check_names(names, classes, where):
         if not all(map(is_plain, parts)) or len(parts) < 2 or parts[0] not in classes or not name.endswith(".png"):
             raise UserError(f"{where}: {name!r} cannot be the name of an image; rename it")
         folders.update("/".join(parts[:depth]) for depth in range(1, len(parts)))
-    twice = next((name for name, count in Counter([*names, *folders]).items() if count > 1), None)
+    found = Counter(map(str.casefold, [*names, *folders]))  # to macOS and Windows, a capital is a small letter
+    twice = next((name for name in [*names, *folders] if found[name.casefold()] > 1), None)
     if twice:
-        raise UserError(f"{where}: two images, or an image and a folder, would be named {twice}; rename one")
+        raise UserError(
+            f"{where}: two images, or an image and a folder, would be named {twice}, capitals aside; rename one"
+        )
 
 
 def list_images(folder):

@@ -116,7 +116,8 @@ def lock_batch(classifier, surrogate, images, labels, maps, sources, methods, ar
     with torch.no_grad():
         predictions = classifier(originals).argmax(1)
         if not surrogate(originals).isfinite().all():
-            raise UserError("the base classifier gives NaN or infinity: choose --precision float32, or train it again")
+            remedy = "" if args.precision == "float32" else "choose --precision float32, or "
+            raise UserError(f"the base classifier gives NaN or infinity: {remedy}train it again")
     classes = {"labels": labels, "predictions": predictions}[sources]
     targets, attacked, reached = {}, {}, {}
     for name in attacks_of(methods):
@@ -196,13 +197,13 @@ def report(summary):
 
 def weaknesses(summary):
     """What a lock with these numbers of summarize lacks, and what to do about it, as lines."""
+    if summary["base_accuracy"] < 0.5:
+        yield "the base classifier is wrong on most originals: was it trained on them, and long enough?"
     if min(summary["attacks"].values()) < 0.9:
         yield "many attacks miss their target: raise --eps and --attack-lr, or --attack-steps"
     if summary["to_true"] > 0.25:
         remedy = "lock by basic" if len(summary["attacks"]) > 1 else "raise --eps and --attack-lr"
         yield f"many locked images are still given their true label: {remedy}"
-    if summary["base_accuracy"] < 0.5:
-        yield "the base classifier is wrong on most originals: was it trained on them, and long enough?"
 
 
 def describe(paths, manifest):
@@ -284,10 +285,12 @@ def default_batch_size(images, device):
 def verify(folder):
     """Check every lock in a folder against its manifest; raises UserError where a file is absent or has changed."""
     locks, wrong = lockfiles.locks_in(folder), 0
-    for path in sorted(Path(folder).glob(".lock_*")):
+    interrupted = sorted(Path(folder).glob(".lock_*"))
+    for path in interrupted:
         print(f"{path}: an interrupted lock; the command that began it finishes it")
     if not locks:
-        raise UserError(f"--verify {folder}: holds no lock_*.json; name a folder that was given as --lock-data")
+        remedy = "finish its lock first" if interrupted else "name a folder that was given as --lock-data"
+        raise UserError(f"--verify {folder}: holds no lock_*.json; {remedy}")
     for paths in locks:
         manifest = lockfiles.read_manifest(paths)
         errors = [*lockfiles.check_files(paths, manifest), *lockfiles.check_unlisted(paths, manifest)]
@@ -295,7 +298,7 @@ def verify(folder):
         print(describe(paths, manifest) if not errors else "\n".join(map(utils.printable, errors)))
     if wrong:
         raise UserError(
-            f"--verify {folder}: files that are not as they were locked: {wrong}, see above; get those again"
+            f"--verify {folder}: files that are not as they were locked: {wrong}, see above"
         )
     print(f"{folder}: every file of {', '.join(paths.manifest.name for paths in locks)} is as it was locked")
 

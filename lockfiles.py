@@ -236,7 +236,7 @@ def check_tree(paths, manifest):
             except UserError as error:
                 yield error
     for path in sorted(paths.tree.rglob("*")):
-        if path not in known and (path.is_symlink() or not path.is_dir()):
+        if path not in known and path.name != ".DS_Store" and (path.is_symlink() or not path.is_dir()):
             yield UserError(f"{path}: no file of this lock; take it away")
 
 

@@ -218,6 +218,7 @@ def read_shards(paths, split, starts):
 
 def summarize(measured, method):
     """The measurements of a split, one number or truth value an image, as the numbers that stand in a manifest."""
+    measured = {name: values.double() for name, values in measured.items()}  # so that 9 of 10 are 0.9
     changed = measured["l2"] > 0  # the PSNR of an image that is as it was is infinite
     return {
         "images": len(changed),

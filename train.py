@@ -9,6 +9,7 @@ of each lock method and seed: experiments/cifar10/preresnet110/basic/seed0; with
 """
 
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -439,6 +440,14 @@ def summary(config, suffix, name, history):
     }
 
 
+def is_finished(path, epochs):
+    """Whether there is a result.json, and of so many epochs."""
+    try:
+        return json.loads(path.read_text())["epochs"] == epochs
+    except (OSError, ValueError, KeyError, TypeError):  # absent, or damaged
+        return False
+
+
 def note_start(path, epochs, device):
     """Add to the list in a JSON file how and on what a run trains some epochs, a range; returns the list.
 
@@ -465,7 +474,7 @@ def log_to(path):
 
     def log(line):
         print(line, flush=True)
-        with utils.naming(path), open(path, "a") as file:
+        with utils.naming(path), open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n")
 
     return log
@@ -536,13 +545,23 @@ def run_epoch(learner, step, data, epoch, config, writers, log):
     return record
 
 
-def show_pictures(data, folder, writer):
-    """Write the pictures of the first ten test images; returns their path."""
+def show_pictures(data, path, writer):
+    """Write the pictures of the first ten test images, to a PNG file and to TensorBoard."""
     (originals, _), (locked, _) = data["original"], data["locked_test"]
-    grid = pictures(originals[: len(locked)][:10], locked[:10])
+    grid, file = pictures(originals[: len(locked)][:10], locked[:10]), io.BytesIO()
     writer.add_image("images/originals, locked, 10 x difference", grid)
-    save_image(grid, folder / "images.png")
-    return folder / "images.png"
+    save_image(grid, file, format="png")
+    write_file(path, file.getvalue())
+
+
+def outcome(result):
+    """What a run came to, as a line."""
+    return (
+        "{architecture}, {lock_method}{comma_name}, seed {seed}, {epochs} epochs: "
+        "locked {locked_acc:.2f} %, original {orig_acc:.2f} % "
+        "(best locked {best_locked_acc:.2f} % at epoch {best_epoch}, original then {orig_acc_at_best:.2f} %; "
+        "largest original {max_orig_acc:.2f} %)"
+    ).format(comma_name=result["name"] and f", {result['name']}", **result)
 
 
 def run(args, config, data, manifest, folder, suffix):
@@ -579,8 +598,12 @@ def run(args, config, data, manifest, folder, suffix):
     elif args.resume:
         check_fresh(folder, checkpoint)
         log(f"nothing to resume in {checkpoint}: starting at epoch 1")
+    if done == config.epochs and is_finished(folder / "result.json", done):  # not written again, nor any curve
+        log(outcome(summary(config, suffix, args.name, history)))
+        return
     writers = open_writers(folder, done + 1)
-    picture = show_pictures(data, folder, writers["run"])
+    if not done:
+        show_pictures(data, folder / "images.png", writers["run"])
     data = {name: (images.to(device), labels.to(device)) for name, (images, labels) in data.items()}
     epochs, step = range(done + 1, config.epochs + 1), make_step(learner, config, log)
     made_with = note_start(folder / "made_with.json", epochs, device)
@@ -597,14 +620,9 @@ def run(args, config, data, manifest, folder, suffix):
 
     content = {**result, "config": config, "made_with": made_with, "history": history, "lock": manifest}
     write_file(folder / "result.json", json.dumps(content, indent=1).encode())
-    log(f"pictures (originals, locked, ten times the difference): {picture}")
-    log(f"curves: tensorboard --logdir {args.work_path}")
-    log(
-        "{architecture}, {lock_method}{comma_name}, seed {seed}, {epochs} epochs: "
-        "locked {locked_acc:.2f} %, original {orig_acc:.2f} % "
-        "(best locked {best_locked_acc:.2f} % at epoch {best_epoch}, original then {orig_acc_at_best:.2f} %; "
-        "largest original {max_orig_acc:.2f} %)".format(comma_name=args.name and f", {args.name}", **result)
-    )
+    log(f"pictures (originals, locked, ten times the difference): {folder / 'images.png'}")
+    log(f"curves: tensorboard --logdir {shlex.quote(args.work_path)}")
+    log(outcome(result))
 
 
 def main():

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import difflib
+import errno
 import math
 import os
 import platform
@@ -53,14 +54,17 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind, low, high=math.inf):
     """A converter of a flag's text to a finite number, int or float, from low to high."""
+    span = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
 
     def parse(text):
-        value = kind(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
         if not (low <= value <= high and value < math.inf):  # not so for NaN either
-            raise ValueError
+            raise argparse.ArgumentTypeError(f"'{text}' is not a {'whole ' if kind is int else ''}number {span}")
         return value
 
-    parse.__name__ = f"number from {low}" + (f" to {high}" if high < math.inf else "")  # argparse shows it
     return parse
 
 
@@ -71,6 +75,7 @@ parse_seed = number(int, 0, MAX_SEED)
 def run_command(main, if_interrupted="nothing more was written"):
     """Call main(); a mistake of the user's becomes one line on standard error and exit code 2, Ctrl-C exit code 130."""
     threading.excepthook = quiet_excepthook
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name may have letters that a terminal or a pipe has not
     try:
         main()
     except KeyboardInterrupt:
@@ -144,6 +149,9 @@ def sync_folder(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # some network file systems cannot
+                raise
         finally:
             os.close(descriptor)
 
@@ -183,7 +191,7 @@ def exclusive(folder):
         lock.acquire(timeout=0)
     except Timeout as error:
         raise UserError(f"{folder}: another process is writing there; wait for it, or name another folder") from error
-    except NotImplementedError:  # some network file systems
+    except (NotImplementedError, OSError):  # some network file systems
         print(f"{folder}: its file system cannot keep two processes apart; take care that only one writes there")
     try:
         yield

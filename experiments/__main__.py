@@ -15,21 +15,26 @@ import itertools
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from glob import glob
 from pathlib import Path
 from queue import SimpleQueue
 from statistics import mean, stdev
+from textwrap import wrap
+from threading import Event
 
 import torch
 from matplotlib import image
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 import utils
-from config import FREE_ON_RESUME
+from config import CONFIG, FREE_ON_RESUME
 from data import canonical_name
 from lockfiles import METHODS
 from utils import UserError, flatten
@@ -84,41 +89,46 @@ def commands(args, rest):
         yield command + rest
 
 
-def run(command, slots, threads, running):
+def run(command, slots, threads, running, stopped):
     """Run a command, and keep its process in the list running meanwhile; returns its exit code and what it said last.
 
     It takes a number from the queue slots meanwhile, and the GPU of that number, counted around; on a CPU so many
-    threads.
+    threads. Once the event stopped is set, nothing goes on that was just being started.
     """
     slot = slots.get()
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
     options["env"] = {"OMP_NUM_THREADS": str(threads), **os.environ, "LOCAL_RANK": str(slot)}
     try:
         with subprocess.Popen(command, **options) as child:
             running.append(child)
+            if stopped.is_set():
+                child.terminate()
             out, error = child.communicate()
             running.remove(child)
     finally:  # or, where no process can be started, the next run would wait for the number forever
         slots.put(slot)
     lines = (error if child.returncode else out).strip().splitlines()
-    return child.returncode, lines[-1] if lines else f"exit code {child.returncode}"
+    killed = child.returncode < 0  # whatever it said before, that was not why
+    return child.returncode, lines[-1] if lines and not killed else f"exit code {child.returncode}"
 
 
 def run_all(args, rest):
     """Run every command, args.jobs at a time; raises UserError where one fails, after all of them."""
-    todo, running, failed = list(commands(args, rest)), [], 0
-    slots, threads = SimpleQueue(), max(1, torch.get_num_threads() // args.jobs)
-    for slot in range(args.jobs):
+    todo, running, stopped, failed = list(commands(args, rest)), [], Event(), 0
+    jobs = min(args.jobs, len(todo))
+    slots, threads = SimpleQueue(), max(1, torch.get_num_threads() // jobs)
+    for slot in range(jobs):
         slots.put(slot)
-    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(todo), unit="run", disable=None) as progress:
-        futures = {pool.submit(run, command, slots, threads, running): command for command in todo}
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), unit="run", disable=None) as progress:
         try:
+            futures = {pool.submit(run, command, slots, threads, running, stopped): command for command in todo}
             for future in as_completed(futures):
                 code, line = future.result()
                 failed += code != 0
-                progress.write(f"{' '.join(futures[future][2:])}: {line}" if code else line)
+                progress.write(f"{shlex.join(futures[future][2:])}: {line}" if code else line)
                 progress.update()
         except BaseException:
+            stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for child in list(running):
                 child.terminate()  # its checkpoints are whole at any time
@@ -135,26 +145,60 @@ def gather(folders):
 
     Returns a list of lists of results. Of a result that was copied there is one.
     """
-    groups = {}
-    for path in sorted({path.resolve() for folder in folders for path in Path(folder).rglob("result.json")}):
+    groups, paths = {}, set()
+    for folder in folders:  # not by rglob, which does not follow links
+        paths |= {Path(folder, path).resolve() for path in glob("**/result.json", root_dir=folder, recursive=True)}
+    for path in sorted(paths):
         try:
             result = {"name": "", **json.loads(path.read_text()), "folder": path.parent}
             result["dataset"] = canonical_name(result["dataset"])
             result.update({key: float(result[key]) for key in ("locked_acc", "orig_acc")})
             result["method"] = method_of(result)
             same = "{dataset} {architecture:s} {method} {name:s} {epochs:d}".format(**result)
-            config = {key: value for key, value in flatten(result["config"]).items() if key not in FREE_ON_RESUME}
+            result["settings"] = settings_of(result)
             result["curves"] = {
                 key: {record["epoch"]: float(record[key]) for record in result["history"]}
                 for key in ("locked_acc", "orig_acc")
             }
+            result["most"] = max(result["curves"]["orig_acc"].values())
             result["lock_name"] = lock_of(result)
-            lock = result["lock"] and result["lock"]["settings"]
-            group = groups.setdefault(json.dumps([same, {**config, "seed": None}, lock]), {})
+            group = groups.setdefault(json.dumps([same, result["settings"]]), {})
             group[json.dumps([result["seed"], result["history"]])] = result
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a result of train.py, or damaged; take it away, or run that again") from error
-    return sorted(([*group.values()] for group in groups.values()), key=place_in_table)
+    found = sorted(([*group.values()] for group in groups.values()), key=place_in_table)
+    tell_apart(found)
+    return found
+
+
+def settings_of(result):
+    """All that makes runs different ones: their configs, but for the seed, and the settings of their locks, as a flat
+    dict. Locked files without a manifest are told apart by their paths."""
+    free = FREE_ON_RESUME - {"eval_freq"}  # the largest accuracy on the way is one of so many
+    config = {
+        key: value
+        for key, value in flatten(result["config"]).items()
+        if key != "seed" and (key not in free or (key.startswith("locked_") and not result["lock"]))
+    }
+    return config | flatten({"lock": result["lock"]["settings"]} if result["lock"] else {})
+
+
+def tell_apart(groups):
+    """Give each result a label: the name of its run and, where other groups would have the same row, what differs."""
+    alike = {}
+    for group in groups:
+        first = group[0]
+        label = first["name"] or "plain"
+        columns = [first[key] for key in ("dataset", "architecture", "method", "lock_name", "epochs")]
+        alike.setdefault((label, *columns), []).append(group)
+    for (label, *_), members in alike.items():
+        settings = [group[0]["settings"] for group in members]
+        keys = dict.fromkeys(itertools.chain(*settings))
+        differing = [key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)]
+        shown = [key for key in differing if "sha256" not in key]
+        for result in itertools.chain(*members):
+            ours = result["settings"]
+            result["label"] = ", ".join([label, *(f"{key} {ours[key]}" for key in shown if key in ours)])
 
 
 def method_of(result):
@@ -177,6 +221,15 @@ def place_in_table(group):
     return first["dataset"], first["architecture"], first["method"], names.index(first["name"])
 
 
+def papers(result):
+    """The paper's accuracies for what a result was trained on and with, or None where it has none."""
+    config, ours, lock = flatten(result["config"]), flatten(CONFIG), result["lock"]
+    plain = all(config.get(key, ours[key]) == ours[key] for keys in VARIANTS.values() for key in keys)
+    if result["dataset"] != "cifar10" or result["name"] or not plain or (lock and lock["settings"]["eps"] != 0.5):
+        return None
+    return PAPER.get((result["architecture"], result["method"]))
+
+
 def spread(values):
     """The mean of some numbers, and their standard deviation where there are several, as text."""
     return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
@@ -189,16 +242,12 @@ def table(groups):
     columns += "locked, %", "paper, original / locked"
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for group in groups:
-        first = group[0]
-        known = PAPER if first["dataset"] == "cifar10" and not first["name"] else {}
-        paper = known.get((first["architecture"], first["method"]))
-        cells = [first[key] for key in ("dataset", "architecture", "method")]
-        cells += [first["name"] or "plain", first["lock_name"], first["epochs"], len(group)]
-        most = [max(result["curves"]["orig_acc"].values()) for result in group]
-        for values in ([result["orig_acc"] for result in group], most, [result["locked_acc"] for result in group]):
-            cells.append(spread(values))
+        first, paper = group[0], papers(group[0])
+        cells = [first[key] for key in ("dataset", "architecture", "method", "label", "lock_name", "epochs")]
+        cells.append(len(group))
+        cells += [spread([result[key] for result in group]) for key in ("orig_acc", "most", "locked_acc")]
         cells.append(f"{paper[0]:.2f} / {paper[1]:.2f}" if paper else "")
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines.append(f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |")
     return "\n".join(lines)
 
 
@@ -209,17 +258,19 @@ def plot(groups, path):
     """
     panels, methods = {}, sorted({group[0]["method"] for group in groups})
     for group in groups:
-        title = "{architecture} on {dataset}, {}\n{lock_name}".format(group[0]["name"] or "plain", **group[0])
+        title = "\n".join(wrap("{architecture} on {dataset}, {label}".format(**group[0]), 45) + [group[0]["lock_name"]])
         panels.setdefault(title, []).append(group)
     columns = min(len(panels), 4)
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
+    figure = Figure(figsize=(max(4 * columns, 6.5), 3 * rows), layout="constrained")
     figure.suptitle("Accuracy on locked test images (solid) and on original ones (dashed), %")
     axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     for axis, (title, members) in zip(axes.flat, panels.items()):
-        axis.set(title=title, xlabel="epoch", ylim=(0, 100))
+        axis.set_title(title, parse_math=False)
+        axis.set(xlabel="epoch", ylim=(0, 100))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         for group in members:
             color = f"C{methods.index(group[0]['method'])}"
             draw(axis, group, "locked_acc", group[0]["method"], color, "-")
@@ -234,25 +285,26 @@ def draw(axis, results, key, label, color, style):
     curves = [result["curves"][key] for result in results]
     epochs = sorted(set.intersection(*map(set, curves)))
     values = [[curve[epoch] for curve in curves] for epoch in epochs]
-    axis.plot(epochs, [mean(value) for value in values], style, color=color, label=label)
+    marker = "." if len(epochs) == 1 else None
+    axis.plot(epochs, [mean(value) for value in values], style, color=color, label=label, marker=marker)
     axis.fill_between(
         epochs, [min(value) for value in values], [max(value) for value in values], color=color, alpha=0.2
     )
 
 
 def show(groups, path):
-    """Write a picture of the images that the runs of each lock method saw: originals, locked, and the difference."""
+    """Write a picture of the images that the runs of each lock saw: originals, locked, and the difference."""
     folders = {}
     for group in groups:
         folder = next((result["folder"] for result in group if (result["folder"] / "images.png").exists()), None)
         if folder:
-            folders.setdefault("{dataset}, {method}".format(**group[0]), folder)
+            folders.setdefault("{dataset}, {method} ({lock_name})".format(**group[0]), folder)
     if not folders:
         raise UserError("--images: there is no images.png beside any result.json; train.py writes it")
     figure = Figure(figsize=(10, 3.2 * len(folders)), layout="constrained")
-    for axis, (method, folder) in zip(figure.subplots(len(folders), squeeze=False)[:, 0], folders.items()):
+    for axis, (lock, folder) in zip(figure.subplots(len(folders), squeeze=False)[:, 0], folders.items()):
         axis.set_axis_off()
-        axis.set_title(f"{method}: originals, locked images, ten times the difference", loc="left")
+        axis.set_title(f"{lock}: originals, locked images, ten times the difference", loc="left")
         axis.imshow(image.imread(Path(folder, "images.png")))
     with utils.naming(path):
         figure.savefig(path, dpi=100)
@@ -278,7 +330,7 @@ def parse_arguments():
         help="folders of experiments (default: all)",
     )
     add("--plot", type=picture, metavar="FILE", help="also draw the curves, into this PNG, PDF or SVG file")
-    add("--images", type=picture, metavar="FILE", help="also show the images that each lock method made, in this file")
+    add("--images", type=picture, metavar="FILE", help="also show the images that each lock made, in this file")
     add("--run", action="store_true", help="first train what is not trained yet")
     add("--lock-method", nargs="+", choices=[*METHODS, "all"], default=[None], help="default: that of config.yaml")
     add("--seed", nargs="+", type=utils.parse_seed, default=[None], help="default: that of config.yaml")
@@ -297,10 +349,17 @@ def parse_arguments():
         raise UserError("--run needs --work-path: the folders of the experiments to run")
     for flag in ("--name", "--resume", "--overwrite"):
         if any(flag == given.partition("=")[0] for given in rest):
-            raise UserError(f"{flag}: --run names its runs by variant, and goes on with them; leave it out")
+            raise UserError(
+                f"{flag}: --run names its runs by variant, and goes on with them; leave it out (a run whose folder you "
+                "delete starts again)"
+            )
     for name, known in {"lock_method": METHODS, "variant": VARIANTS, "seed": [], "work_path": []}.items():
         given = getattr(args, name)
         setattr(args, name, list(known) if known and "all" in given else list(dict.fromkeys(given)))
+    for flag in (given.partition("=")[0] for given in rest):
+        variant = next((name for name in args.variant if flag.removeprefix("--") in VARIANTS[name]), None)
+        if variant:
+            raise UserError(f"{flag}: --variant {variant} sets it; leave it out, or use train.py with a --name")
     return args, rest
 
 
@@ -308,6 +367,9 @@ def main():
     args, rest = parse_arguments()
     if args.run:
         run_all(args, rest)
+    for folder in args.work_path:
+        if not Path(folder).is_dir():
+            raise UserError(f"--work-path {folder}: no such folder")
     groups = gather(args.work_path)
     if not groups:
         raise UserError(f"{', '.join(args.work_path)}: holds no result.json; run train.py, or --run")

@@ -373,7 +373,9 @@ def make_store(main, args):
     folder = folder_of(args)
     if folder and (folder / "store.h5").exists():
         (folder / "store.h5").rename(folder / f"store.{len(list(folder.glob('store*.h5')))}.h5")
-    return main.setup_store_with_metadata(args)
+    # it would look for a git repository around itself, and take that one's commit for its own version
+    with mock.patch.object(main.git, "Repo", side_effect=main.git.exc.InvalidGitRepositoryError):
+        return main.setup_store_with_metadata(args)
 
 
 def accuracies(logits, labels):

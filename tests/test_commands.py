@@ -109,6 +109,14 @@ def test_train_and_resume(place, command, monkeypatch, capsys):
     assert events.Scalars("final/orig_acc")[0].value == pytest.approx(result["orig_acc"])
     assert "_hparams_/session_start_info" in events.summary_metadata
 
+    # once finished, the same command says so, and writes nothing again
+    before = {path: path.read_bytes() for path in resumed.rglob("*") if path.is_file() and path.name != "log.txt"}
+    command(train.main, "--work-path", place / "stopped", *TRAIN, "--resume", "--eval_freq", 2)
+    assert capsys.readouterr().out.strip().splitlines()[-1].startswith("preresnet8, basic, seed 0, 4 epochs: locked ")
+    assert {path: path.read_bytes() for path in before} == before
+    assert len(before) == len([path for path in resumed.rglob("*") if path.is_file()]) - 1
+    assert len(events.Images("images/originals, locked, 10 x difference")) == 1
+
 
 def test_what_is_trained_on_and_tested_with(place):
     """A control trains on as many originals; preprocessing changes all three sets alike."""
@@ -242,6 +250,14 @@ def test_mistakes_in_locking(place, user_error, tmp_path):
     assert "--key-out: is empty; give it a value" in user_error(lock.main, *elsewhere, "--key-out=")
     assert "--lock-method" in user_error(lock.main, *elsewhere, "--lock-method", "vertical")
     assert not (tmp_path / "new").exists()
+
+
+def test_robustness_asks_no_git(place, command, capsys, monkeypatch, tmp_path):
+    """Which fails in more ways than it expects: in another user's clone, or one without a commit."""
+    monkeypatch.setattr("git.Repo", lambda *args, **options: 1 / 0)
+    command(base.train, "--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--out-dir", tmp_path,
+            "--exp-name", "evaluated", "--eval-only", 1, "--resume", place / "base" / "checkpoint.pt.best")  # fmt: skip
+    assert "on the test set, loss" in capsys.readouterr().out
 
 
 def test_mistakes_in_the_base_classifier(place, user_error, tmp_path):

@@ -66,6 +66,13 @@ def test_a_cifar_zoo_config_loads_unchanged(tmp_path):
     assert flatten(config).keys() == flatten(CONFIG).keys()
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_config_in_any_unicode(tmp_path, encoding):
+    """As editors on Windows write it, whatever letters Python takes for the system's."""
+    (tmp_path / "config.yaml").write_bytes(MINIMAL.replace("./data", "./Bildér").encode(encoding))
+    assert load_config(tmp_path / "config.yaml", {}).orig_data_path == "./Bildér"
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.parent.name for path in CONFIGS])
 def test_shipped_configs(path):
     config = load_config(path, {})

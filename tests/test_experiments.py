@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Event
 from types import SimpleNamespace
 
 import pytest
@@ -33,8 +34,11 @@ def results(tmp_path):
         {"seed": 1, "orig_acc": 30.0},
         {"lock_method": "horiz", "alpha": 0.3},
         {"name": "jpeg10"},
+        {"name": "a$x_{|"},
         {"dataset": "digits"},
         {"config": {"epochs": 2, "seed": 0, "batch_size": 8}},
+        {"config": {"epochs": 2, "seed": 0, "locked_train_image": "other"}},
+        {"config": {"epochs": 2, "seed": 0, "train_on": "original"}},
         {"lock": {"settings": {"eps": 2.0, "attack_steps": 9, "arch": "resnet50", "base_sha256": "0123456789"}}},
         {"dataset": "digits"},  # a copy
     ]
@@ -46,14 +50,20 @@ def results(tmp_path):
 
 
 def test_the_table_puts_seeds_together_beside_the_papers_numbers(results, command, capsys, tmp_path):
-    command(study.main, "--work-path", results, results / "0", "--plot", tmp_path / "curves.png")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "runs").symlink_to(results)
+    command(study.main, "--work-path", tmp_path / "linked", results / "0", "--plot", tmp_path / "curves.png")
     assert capsys.readouterr().out.splitlines()[2:] == [
         "| cifar10 | vgg19 | basic | plain | no manifest | 2 | 2 | 29.00 ± 1.41 | 29.00 ± 0.00 | 93.00 ± 0.00 "
         "| 28.77 / 93.58 |",
-        "| cifar10 | vgg19 | basic | plain | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 | 28.77 / 93.58 |",
-        "| cifar10 | vgg19 | basic | plain | resnet50 0123456, eps 2, 9 steps | 2 | 1 | 28.00 | 29.00 | 93.00 "
+        "| cifar10 | vgg19 | basic | plain, batch_size 8 | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 "
         "| 28.77 / 93.58 |",
+        "| cifar10 | vgg19 | basic | plain, locked_train_image other | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 "
+        "| 28.77 / 93.58 |",
+        "| cifar10 | vgg19 | basic | plain, train_on original | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
+        "| cifar10 | vgg19 | basic | plain | resnet50 0123456, eps 2, 9 steps | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
         "| cifar10 | vgg19 | basic | jpeg10 | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
+        "| cifar10 | vgg19 | basic | a$x_{/ | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
         "| cifar10 | vgg19 | horiz alpha 0.3 | plain | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
         "| digits | vgg19 | basic | plain | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
     ]
@@ -104,7 +114,9 @@ def test_the_readmes_say_what_the_results_say():
 
 
 def test_mistakes(results, user_error, tmp_path):
-    assert "holds no result.json" in user_error(study.main, "--work-path", tmp_path / "none")
+    assert "none: no such folder" in user_error(study.main, "--work-path", results, tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    assert "holds no result.json" in user_error(study.main, "--work-path", tmp_path / "empty")
     for path in ("curves.gif", "none/curves.png"):  # told before anything is trained
         line = user_error(study.main, "--run", "--work-path", tmp_path, "--plot", path)
         assert f"--plot: {path}: name a PNG, PDF or SVG file, in a folder that there is" in line
@@ -113,6 +125,9 @@ def test_mistakes(results, user_error, tmp_path):
     assert "--run needs --work-path" in user_error(study.main, "--run")
     assert "--name: --run names its runs by variant" in user_error(
         study.main, "--run", "--work-path", "a", "--name", "b"
+    )
+    assert "--train_on: --variant control sets it" in user_error(
+        study.main, "--run", "--work-path", "a", "--variant", "plain", "control", "--train_on=locked"
     )
     for content in ("{}", "[]", "{", json.dumps({**RESULT, "config": 3}), json.dumps({**RESULT, "history": None}),
                     json.dumps({**RESULT, "name": None}), json.dumps({**RESULT, "alpha": "x"})):  # fmt: skip
@@ -160,8 +175,16 @@ def test_a_run_takes_the_gpu_of_one_that_ended(tmp_path, monkeypatch):
     slots = SimpleQueue()
     slots.put(0)
     with pytest.raises(OSError):
-        study.run([tmp_path / "none"], slots, 1, [])
+        study.run([tmp_path / "none"], slots, 1, [], Event())
     assert slots.get_nowait() == 0
+
+
+def test_what_is_being_started_at_an_interrupt_ends_too():
+    slots, stopped = SimpleQueue(), Event()
+    slots.put(0)
+    stopped.set()
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    assert study.run(sleep, slots, 1, [], stopped) == (-signal.SIGTERM, "exit code -15")
 
 
 def test_an_interrupt_ends_what_is_running_and_starts_no_more(place, tmp_path):

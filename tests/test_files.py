@@ -1,7 +1,9 @@
 """Locked files, in this project's form and in the original's, and what is wrong with them."""
 
 import errno
+import io
 import os
+import sys
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import train
 from data import to_uint8
 from lockfiles import Paths, load_locked, load_whole
 from tests.conftest import Malicious
-from utils import UserError, printable, write_file
+from utils import UserError, printable, run_command, write_file
 
 IMAGES = torch.arange(5 * 3 * 4 * 4).remainder(256).to(torch.uint8).view(5, 3, 4, 4)
 LABELS = torch.tensor([3, 1, 4, 1, 5])
@@ -114,6 +116,12 @@ def test_nothing_in_a_shard_or_a_checkpoint_runs(tmp_path):
 
 def test_what_a_message_says_stays_on_its_line():
     assert printable("a\nb\x1b[2J") == "a b [2J"
+
+
+def test_letters_that_the_output_has_not(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
+    run_command(lambda: print("фото", flush=True))
+    assert sys.stdout.buffer.getvalue() == b"\\u0444\\u043e\\u0442\\u043e\n"
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):

@@ -68,6 +68,8 @@ def test_a_jpeg_is_turned_upright(folder):
         (lambda f: write(f, "test/cat/f.png", Image.new("I;16", (12, 9))), "f.png: its pixels are I;16"),
         (lambda f: write(f, "test/cat/f.png", Image.new("RGBA", (12, 9))), "f.png: parts of it are transparent"),
         (lambda f: write(f, "test/cat/d.jpg"), "two images, or an image and a folder, would be named cat/d.png"),
+        (lambda f: write(f, "test/cat/D.PNG"), "would be named cat/[dD].png, capitals aside"),
+        (lambda f: write(f, "test/cat/c:d.png"), "'cat/c:d.png' cannot be the name of an image"),
         (lambda f: [write(f, "test/cat/f.jpg"), write(f, "test/cat/f.png/g.png")], "would be named cat/f.png"),
         (lambda f: (f / "test/cat/f.png").write_bytes(RGB16), "f.png: its pixels are RGB;16B; convert it to 8-bit"),
         (lambda f: (f / "test/cat/f.png").write_bytes(b"no image"), "f.png: cannot be read as PNG or JPEG"),

@@ -122,6 +122,8 @@ def test_verify(place, locked, command, user_error, capsys):
     (locked / ".lock_basic").mkdir()
     for path in locked.glob("lock_*.json"):
         path.unlink()
+    assert "holds no lock_*.json; finish its lock first" in user_error(lock.main, "--verify", locked)
+    (locked / ".lock_basic").rmdir()
     assert "holds no lock_*.json; name a folder that" in user_error(lock.main, "--verify", locked)
 
 
