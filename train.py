@@ -78,6 +78,10 @@ class Learner(NamedTuple):
     scaler: torch.amp.GradScaler  # float16 has no room for small gradients; for other precisions it does nothing
 
 
+def on_gpu(learner):
+    return next(learner.model.parameters()).is_cuda
+
+
 def make_model(config, device):
     """A new model, as the config says and on the device."""
     # channels_last is the order in which convolutions are fast, on CPUs as on GPUs
@@ -130,7 +134,7 @@ def make_step(learner, config, say=print):
     if config.compile != "always":
         return step
     model.forward = Compiled(model.forward, config.batch_size, say)
-    return Captured(step) if next(model.parameters()).is_cuda else step
+    return Captured(step) if on_gpu(learner) else step
 
 
 def train_epoch(step, images, labels, config):
@@ -269,7 +273,7 @@ def snapshot(learner, epoch, history, config, data_hash):
         "config": json.dumps(flatten(config)),
         "data": data_hash,
         "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "cuda_rng": torch.cuda.get_rng_state() if on_gpu(learner) else None,
     }
     return tree_map_only(torch.Tensor, partial(torch.Tensor.to, device="cpu", copy=True), state)
 
@@ -351,8 +355,10 @@ def restore(state, learner, config, data_hash):
     for name, part in learner._asdict().items():
         part.load_state_dict(state[name])
     torch.set_rng_state(state["rng"])
-    if state["cuda_rng"] is not None and torch.cuda.is_available():
+    if on_gpu(learner) and state["cuda_rng"] is not None:
         torch.cuda.set_rng_state(state["cuda_rng"])
+    elif on_gpu(learner):  # trained on a CPU so far; seeded as at the start, it would draw what the first epoch drew
+        torch.cuda.manual_seed(config.seed + state["epoch"])
 
 
 # A run

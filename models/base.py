@@ -381,9 +381,9 @@ def make_store(main, args):
 def accuracies(logits, labels):
     """robustness' custom_accuracy: its own top-1 and top-5 accuracies in percent, but as numbers.
 
-    Of tensors, its loop would format the values after each step, and wait until the GPU has finished it.
+    Of tensors, its loop would format the values after each step, and wait for the GPU to compute each.
     """
-    return [value.item() for value in accuracy(logits, labels, topk=(1, min(5, logits.shape[-1])))]
+    return torch.cat(accuracy(logits, labels, topk=(1, min(5, logits.shape[-1])))).tolist()
 
 
 def report(store, adversarial):

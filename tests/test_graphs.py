@@ -99,11 +99,12 @@ def no_gpu(monkeypatch):
         monkeypatch.setattr(graphs.torch.cuda, name, value)
 
 
-def train_some(config, change=lambda step: step, epochs=3):
+def train_some(config, change=lambda step: step, epochs=3, device="cpu"):
     """A short training, its step changed; returns all that a checkpoint holds of it, and what each epoch returned."""
     torch.manual_seed(0)
-    learner = new_learner(config)
+    learner = new_learner(config, device)
     images, labels = torch.randint(256, (44, 3, 8, 8), dtype=torch.uint8), torch.arange(44) % 10
+    images, labels = images.to(device), labels.to(device)
     step = change(train.make_step(learner, config))
     results = []
     for epoch in range(epochs):
