@@ -13,23 +13,23 @@ def project(images, centers, eps):
 def gradient_of(losses, logits, x):
     """The gradient of every image's own loss [N, C, H, W]; losses [N] come from logits [N, classes], and those from x.
 
-    The gradient at each image's logits goes through the network scaled to length 1, and is scaled back afterwards: that
-    of a loss of 1e-5 would be 0 in float16.
+    As in loss scaling (Micikevicius et al., 2018), each image's gradient at its logits is scaled to norm 1 on its way
+    through the network, and scaled back after it: in float16, that of a loss of 1e-5 would underflow to 0.
     """
-    (slopes,) = torch.autograd.grad(losses.sum(), logits, retain_graph=True)
-    lengths = slopes.norm(dim=1, keepdim=True).clamp(min=torch.finfo(slopes.dtype).tiny)
-    (gradient,) = torch.autograd.grad(logits, x, slopes / lengths)
-    return gradient * lengths[:, :, None, None]
+    (logit_gradient,) = torch.autograd.grad(losses.sum(), logits, retain_graph=True)
+    scale = logit_gradient.norm(dim=1, keepdim=True).clamp(min=torch.finfo(logit_gradient.dtype).tiny)
+    (gradient,) = torch.autograd.grad(logits, x, logit_gradient / scale)
+    return gradient * scale[:, :, None, None]
 
 
 def attack(classifier, images, targets, eps, step_size, steps, targeted=True, on_step=lambda: None):
     """PGD in an L2 ball (Madry et al., 2018), without random start; equals robustness' AttackerModel (use_best=True).
 
-    classifier maps images [N, C, H, W] in [0, 1] to logits [N, classes]; targets [N], or probabilities [N, classes];
-    eps and step_size in units of those pixels. Returns, image by image, the iterate of least cross-entropy to its
-    target, of steps + 1: the image itself and the last included. Where targeted is false, it leads away from the
-    targets, and returns the iterate of largest cross-entropy. An iterate whose loss is NaN or infinity is never better
-    than another. on_step is called after each evaluation.
+    classifier maps images [N, C, H, W] in [0, 1] to logits [N, classes]; targets int64 [N], or probabilities
+    [N, classes]; eps and step_size in units of those pixels. Returns for each image the best of its steps + 1 iterates,
+    the image itself and the last one included: that of the lowest cross-entropy to its target, or, where targeted is
+    false and the attack leads away from the targets, of the highest. An iterate whose loss is NaN or infinity is never
+    better than another. on_step is called after each evaluation.
     """
     x, best = images, images
     best_losses = torch.full((len(images),), torch.inf, device=images.device)

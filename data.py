@@ -76,7 +76,8 @@ def load_digits(root, split):
 
 
 def load_folder(root, split):
-    """The images in root/<split>/<class>/, PNG or JPEG and of one size: the first of each class by name, the second...
+    """The images in root/<split>/<class>/, PNG or JPEG and of one size, in this order: of
+    each class the first by name, then of each the second, and so on.
 
     So the first images of a split, which --subset takes, are of every class. Raises UserError naming the file or
     folder where one cannot be used.
@@ -169,7 +170,7 @@ def read_image(file):
 
 CIFAR_STATISTICS = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 DIGITS_STATISTICS = (0.3054,) * 3, (0.3228,) * 3  # of the training set, after enlarging
-ROUND_STATISTICS = (0.5,) * 3, (0.25,) * 3  # of no images in particular
+ROUND_STATISTICS = (0.5,) * 3, (0.25,) * 3  # round numbers: of these images nothing is known
 
 DATASETS = {
     "cifar": Dataset(load_cifar10, *CIFAR_STATISTICS),  # robustness' name for it

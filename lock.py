@@ -28,61 +28,14 @@ import utils
 from attack import attack
 from data import DATASETS, SPLITS, to_float, to_uint8
 from graphs import Compiled
-from lockfiles import METHODS, Paths, attacks_of, parameters_of, sha256
+from lockfiles import Paths, sha256
+from methods import METHODS, attacks_of, combine, parameters_of, target_maps
 from models.base import Surrogate, load_classifier
 from ranks import Ranks
 from utils import COMPILE, PRECISIONS, UserError, number, parse_seed, write_file
 
-# True class -> target class, in CIFAR-10's order. T2 keeps class 9 and T4 class 7, as the original does.
-TARGET_MAPS = {
-    "T1": (8, 3, 1, 0, 2, 4, 9, 6, 7, 5),
-    "T2": (4, 2, 3, 5, 7, 1, 8, 0, 6, 9),
-    "T3": (6, 2, 9, 1, 0, 7, 5, 3, 4, 8),
-    "T4": (3, 9, 6, 1, 5, 8, 4, 7, 0, 2),
-}
 # How many images of 32x32 pixels to attack at once: so many that a GPU waits for no launch, few enough for its memory.
 BATCH_SIZES = {"cuda": 500, "cpu": 128}
-
-
-def target_maps(num_classes, seed):
-    """The target maps of a data set, by name, as lists of num_classes.
-
-    Up to ten classes use the paper's, followed until they lead to a class that there is; more classes use random
-    permutations that keep no class, the same for the same seed.
-    """
-    if num_classes > len(TARGET_MAPS["T1"]):
-        generator = torch.Generator().manual_seed(seed)
-        return {name: derangement(num_classes, generator) for name in TARGET_MAPS}
-    maps = {}
-    for name, target_map in TARGET_MAPS.items():
-        maps[name] = list(target_map[:num_classes])
-        while max(maps[name]) >= num_classes:
-            maps[name] = [target if target < num_classes else target_map[target] for target in maps[name]]
-    return maps
-
-
-def derangement(n, generator):
-    """A random permutation of 0..n-1, as a list, that keeps nothing in its place."""
-    while True:
-        permutation = torch.randperm(n, generator=generator)
-        if (permutation != torch.arange(n)).all():
-            return permutation.tolist()
-
-
-def combine(attacked, method, alpha=0.5, lambd=0.5):
-    """Put the attacks of a method together.
-
-    attacked maps the name of a target map to images [N, C, H, W]. A blend is lambd of its first attack and
-    1 - lambd of its second; of two sides, the left takes the columns [0, int(alpha * W)).
-    """
-    sides = [
-        attacked[names[0]] if len(names) == 1 else lambd * attacked[names[0]] + (1 - lambd) * attacked[names[1]]
-        for names in METHODS[method]
-    ]
-    if len(sides) == 1:
-        return sides[0]
-    column = int(alpha * sides[0].shape[-1])
-    return torch.cat([sides[0][..., :column], sides[1][..., column:]], dim=-1)
 
 
 @torch.no_grad()
@@ -105,11 +58,11 @@ def measure(classifier, images, locked, labels, targets):
     }
 
 
-def lock_batch(classifier, surrogate, images, labels, maps, sources, methods, args, on_step):
+def lock_batch(classifier, surrogate, images, labels, maps, targets_from, methods, args, on_step):
     """Lock images uint8 [N, 3, H, W] with labels int64 [N] by each of the methods, attacking each target map once.
 
-    The surrogate is what is attacked; the classifier, which it stands for, predicts and measures. sources says what
-    the targets are computed from: "labels", or "predictions". Returns, by method, a pair of the locked images uint8
+    The surrogate is what is attacked; the classifier, which it stands for, predicts and measures. Targets are computed
+    from the "labels" or the "predictions", as targets_from says. Returns, by method, a pair of the locked images uint8
     and what was measured, one number an image, by name; all of it on the CPU.
     """
     originals = to_float(images)
@@ -118,7 +71,7 @@ def lock_batch(classifier, surrogate, images, labels, maps, sources, methods, ar
         if not surrogate(originals).isfinite().all():
             remedy = "" if args.precision == "float32" else "choose --precision float32, or "
             raise UserError(f"the base classifier gives NaN or infinity: {remedy}train it again")
-    classes = {"labels": labels, "predictions": predictions}[sources]
+    classes = {"labels": labels, "predictions": predictions}[targets_from]
     targets, attacked, reached = {}, {}, {}
     for name in attacks_of(methods):
         targets[name] = torch.tensor(maps[name], device=images.device)[classes]
@@ -146,7 +99,7 @@ def lock_split(classifier, surrogate, images, labels, maps, split, locks, args, 
     locks gives the Paths of each method. The target is computed from the true label on the training set, and on
     the test set from what the base classifier predicts, so that an image without a label can be locked too.
     """
-    sources = "labels" if split == "train" else "predictions"
+    targets_from = "labels" if split == "train" else "predictions"
     batches = {start: slice(start, start + args.batch_size) for start in range(0, len(images), args.batch_size)}
     todo = list(ranks.on_rank0(shards.missing, locks, split, batches).items())
     if not todo:
@@ -168,9 +121,11 @@ def lock_split(classifier, surrogate, images, labels, maps, split, locks, args, 
             together, results = todo[index : index + ranks.count], None  # a batch for each rank
             if ranks.rank < len(together):
                 start, methods = together[ranks.rank]
-                inputs, truth = images[batches[start]].to(device), labels[batches[start]].to(device)
+                batch, batch_labels = images[batches[start]].to(device), labels[batches[start]].to(device)
                 advance = partial(progress.update, sum(sizes[start] for start, _ in together))
-                results = lock_batch(classifier, surrogate, inputs, truth, maps, sources, methods, args, advance)
+                results = lock_batch(
+                    classifier, surrogate, batch, batch_labels, maps, targets_from, methods, args, advance
+                )
             made = ranks.gather((results, utils.environment(device)))
             ranks.on_rank0(shards.write_all, locks, split, [start for start, _ in together], made)
     seconds, count = time.time() - begun, sum(sizes.values())
@@ -236,8 +191,8 @@ def lock_dataset(args):
     if args.compile == "always":
         batch_size = min(args.batch_size, len(splits["train"].labels))
         surrogate.model.forward = Compiled(surrogate.model.forward, batch_size, ranks.say)
-    maps, base = target_maps(len(classes), args.manual_seed), sha256(Path(args.resume_path).read_bytes())
-    settings = {method: shards.settings_of(method, splits, maps, base, args) for method in locks}
+    maps, base_sha256 = target_maps(len(classes), args.manual_seed), sha256(Path(args.resume_path).read_bytes())
+    settings = {method: shards.settings_of(method, splits, maps, base_sha256, args) for method in locks}
     with ExitStack() as stack:
         ranks.on_rank0(stack.enter_context, utils.exclusive(args.lock_data))
         manifests = ranks.on_rank0(shards.prepare, locks, settings, args)
@@ -297,9 +252,7 @@ def verify(folder):
         wrong += len(errors)
         print(describe(paths, manifest) if not errors else "\n".join(map(utils.printable, errors)))
     if wrong:
-        raise UserError(
-            f"--verify {folder}: files that are not as they were locked: {wrong}, see above"
-        )
+        raise UserError(f"--verify {folder}: files that are not as they were locked: {wrong}, see above")
     print(f"{folder}: every file of {', '.join(paths.manifest.name for paths in locks)} is as it was locked")
 
 
@@ -415,7 +368,11 @@ def parse_arguments():
     add("--verify", metavar="DIR", help="only check the locked files in a folder against their manifests")
     add("--unlock", action="store_true", help="only restore the sealed originals of --lock-data, to --orig-data")
     add("--key", metavar="KEYFILE", help="the key to unlock with")
-    args = parser.parse_args()
+    return complete_arguments(parser.parse_args())
+
+
+def complete_arguments(args):
+    """The arguments with the defaults that depend on others; raises UserError where some do not go together."""
     if bool(args.unlock) != bool(args.key):
         raise UserError("--unlock and --key KEYFILE go together")
     if args.unlock and not args.orig_data:

@@ -12,28 +12,10 @@ import torch
 from PIL import Image
 
 from data import SPLITS, check_names, is_plain, read_image, to_uint8
+from methods import METHODS, TARGET_MAPS, parameters_of
 from utils import UserError, discard, first_line, naming, sync_folder
 
-# Methods, and the names of files
-
-# The sides of a locked image, from left to right; each side is one attack, or a blend of two.
-METHODS = {
-    "basic": (("T1",),),
-    "mixup": (("T1", "T2"),),
-    "horiz": (("T1",), ("T2",)),
-    "mixandcat": (("T1", "T2"), ("T3", "T4")),
-}
-
-
-def attacks_of(methods):
-    """The names of the target maps that the methods need, each once."""
-    return list(dict.fromkeys(name for method in methods for side in METHODS[method] for name in side))
-
-
-def parameters_of(method):
-    """The parameters that a method reads, in the order in which a file's name gives them."""
-    sides = METHODS[method]
-    return ["alpha"] * (len(sides) == 2) + ["lambd"] * (len(sides[0]) == 2)
+# Names of files
 
 
 def lock_suffix(method, alpha=0.5, lambd=0.5):
@@ -50,7 +32,8 @@ def lock_suffix(method, alpha=0.5, lambd=0.5):
 
 
 def parse_suffix(suffix):
-    """The method and its parameters, by name, from the end of a file's name; of a strange name, all of it and none."""
+    """The method and its parameters, by name, from the end of a file's name; where lock_suffix did not make it,
+    all of it, and no parameters."""
     *percents, method = suffix.split("_")
     try:
         return method, {name: float(part) / 100 for name, part in zip(parameters_of(method), percents)}
@@ -144,11 +127,11 @@ def is_text(value):
     return isinstance(value, str) and value.isprintable()
 
 
-# What a manifest must hold to be used: a type, or a function that says whether a value will do.
+# What a manifest must hold to be used: for each key a function that says whether its value will do, or a dict of such.
 REPORT = {
     **dict.fromkeys(("images", "unchanged", "base_accuracy", "to_target", "to_true"), is_number),
     **dict.fromkeys(("l2_mean", "l2_max", "ssim"), is_number),
-    "attacks": lambda value: bool(value) and is_dict_of({"T1", "T2", "T3", "T4"}.__contains__, is_number)(value),
+    "attacks": lambda value: bool(value) and is_dict_of(TARGET_MAPS.__contains__, is_number)(value),
     "psnr": lambda value: value is None or is_number(value),
 }
 MANIFEST = {
@@ -165,7 +148,7 @@ MANIFEST = {
 
 
 def find_invalid(value, schema, where="it"):
-    """The name of what in a value does not fit MANIFEST or a part of it; or None where all does."""
+    """The first key whose value does not fit MANIFEST, or a part of it; or None where all do."""
     if not isinstance(schema, dict):
         return None if schema(value) else where
     if not isinstance(value, dict):

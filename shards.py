@@ -18,17 +18,18 @@ import lockfiles
 import sealing
 import utils
 from data import SPLITS
-from lockfiles import Paths, attacks_of, hash_tensor, sha256
+from lockfiles import Paths, hash_tensor, sha256
+from methods import attacks_of, parameters_of
 from utils import UserError, write_file
 
 # Settings
 
 
-def settings_of(method, splits, maps, base, args):
+def settings_of(method, splits, maps, base_sha256, args):
     """All that decides what a lock is. Two locks of the same settings are the same."""
     return {
         "method": method,
-        **{name: getattr(args, name) for name in lockfiles.parameters_of(method)},
+        **{name: getattr(args, name) for name in parameters_of(method)},
         **{name: getattr(args, name) for name in ("eps", "attack_lr", "attack_steps", "batch_size", "manual_seed")},
         **{name: getattr(args, name) for name in ("precision", "compile", "subset")},
         "dataset": data.canonical_name(args.dataset),
@@ -38,7 +39,7 @@ def settings_of(method, splits, maps, base, args):
             for split, (images, labels, *_) in splits.items()
         },
         "arch": args.arch,
-        "base_sha256": base,
+        "base_sha256": base_sha256,
         "target_maps": {name: maps[name] for name in attacks_of([method])},
     }
 
@@ -109,17 +110,14 @@ def check_finished(paths, manifest, key_out):
 
 
 def check_places(locks, args):
-    """Raise UserError where a lock would replace a seal, what is not of a lock, or even the originals."""
+    """Raise UserError where a lock would delete a seal, replace what is not of a lock, or lie among the originals."""
     for paths in locks.values():
         seal = next((path for path in paths.groups()["sealed"] if path.exists()), None)
         if seal and args.overwrite and not args.key_out:
             raise UserError(f"{seal}: --overwrite would delete this seal for good; give --key-out, or take it away")
         if "png" in args.format and paths.tree.exists() and not paths.has_tree():
             raise UserError(f"{paths.tree} exists, and is not of a lock; name another folder with --lock-data")
-        tree, originals = paths.tree.resolve(), Path(args.orig_data).resolve()
-        if tree == originals or tree in originals.parents:
-            raise UserError(f"--lock-data {args.lock_data}: {tree} would replace --orig-data; name another folder")
-        locked = paths.folder.resolve()
+        locked, originals = paths.folder.resolve(), Path(args.orig_data).resolve()
         together = originals in (locked, *locked.parents) or locked in originals.parents
         if args.dataset == "folder" and together:
             raise UserError(
@@ -176,7 +174,7 @@ def shard_path(paths, split, start):
 
 
 def missing(locks, split, starts):
-    """The batches of a split without a whole shard, by the image that each begins at, and the methods that lack it."""
+    """Of the batches of a split, by the index of the first image: the methods that lack a whole shard, where any do."""
     lacking = {
         start: [method for method, paths in locks.items() if read_shard(paths, split, start) is None]
         for start in starts

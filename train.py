@@ -40,7 +40,6 @@ from config import CONFIG, FREE_ON_RESUME, KEYS, load_config
 from data import DATASETS, SPLITS, canonical_name, is_plain, to_float
 from graphs import Captured, Compiled
 from lockfiles import (
-    METHODS,
     Paths,
     hash_tensor,
     load_locked,
@@ -50,6 +49,7 @@ from lockfiles import (
     serialize,
     split_path,
 )
+from methods import METHODS
 from models import MODELS
 from utils import PRECISIONS, UserError, flatten, number, write_file
 
@@ -153,7 +153,8 @@ def train_epoch(step, images, labels, config):
 
 
 def hits(logits, targets):
-    """Whether each prediction is right; where targets are probabilities [N, classes], that of the predicted class."""
+    """How right the predictions of logits [N, classes] are, [N]: whether each is its target, of int64 [N], or the
+    probability of the predicted class, where targets are [N, classes]."""
     predictions = logits.argmax(1)
     return targets.gather(1, predictions[:, None])[:, 0] if targets.dim() == 2 else predictions == targets
 
@@ -264,7 +265,7 @@ def best_of(checkpoint):
 def snapshot(learner, epoch, history, config, data_hash):
     """All that --resume needs, after an epoch, copied to the CPU; history is the list of the evaluations so far.
 
-    History and config are JSON: pickled, equal objects can differ in their bytes, and here they never do.
+    History and config are JSON, so that equal states give equal bytes: pickles of equal objects can differ.
     """
     state = {
         "epoch": epoch,
@@ -290,9 +291,9 @@ def write_checkpoint(checkpoint, state, is_best):
 
 @contextmanager
 def background():
-    """A function that starts another in a thread, once the one before has ended; so does leaving the context.
+    """Yields start(function, *args), which waits for the function started before, then runs this one in a thread.
 
-    What a function raises, the next call raises, or the end of the context.
+    Leaving the context waits too. What a function raises, the next start raises, or the end of the context.
     """
     with ThreadPoolExecutor(1) as thread:
         last = None
@@ -350,7 +351,7 @@ def restore(state, learner, config, data_hash):
         raise UserError("--resume: the run was trained on other data than the files hold now; start with --overwrite")
     if state["epoch"] > config.epochs:
         raise UserError(f"--resume: the run has {state['epoch']} epochs already; it cannot end after {config.epochs}")
-    # of the optimizer only what it has gathered: its settings are the config's
+    # only the momentum: lr must stay the tensor that a CUDA graph reads, and the other settings are the config's
     state["optimizer"]["param_groups"] = learner.optimizer.state_dict()["param_groups"]
     for name, part in learner._asdict().items():
         part.load_state_dict(state[name])
@@ -417,7 +418,7 @@ def prepare_folder(folder, args):
 
 
 def check_fresh(folder, checkpoint):
-    """Raise UserError where a run without its checkpoint is more than the beginning of one, and would be lost."""
+    """Raise UserError where --resume finds no checkpoint, but results, which starting again would overwrite."""
     for path in [folder / "result.json", *folder.rglob("*.pth.tar")]:
         if path.exists() and path != best_of(checkpoint):  # a run stopped in its first epoch may have that one alone
             raise UserError(
@@ -457,7 +458,7 @@ def is_finished(path, epochs):
 def note_start(path, epochs, device):
     """Add to the list in a JSON file how and on what a run trains some epochs, a range; returns the list.
 
-    What an earlier start trained of these epochs was not kept, and is taken out.
+    Earlier starts of which no epoch was kept are taken out.
     """
     try:
         starts = json.loads(path.read_text()) if path.exists() else []
@@ -570,6 +571,28 @@ def outcome(result):
     ).format(comma_name=result["name"] and f", {result['name']}", **result)
 
 
+def start_or_resume(resume, model, config, folder, checkpoint, data_hash, log):
+    """The Learner of a model, how many epochs it has done, and their history: from the last whole checkpoint, if any.
+
+    Sets the config's precision and compile to what auto means. Raises UserError where resuming would lose a run, or
+    where the checkpoints are damaged or of another run.
+    """
+    device = next(model.parameters()).device
+    state = read_checkpoint(checkpoint, log) if resume else None
+    begun = json.loads(state["config"]) if state else {}
+    config.precision, why = utils.pick_precision(config.precision, device, model, begun.get("precision"))
+    config.compile = utils.pick_compile(config.compile, device)
+    log(utils.describe_precision(config.precision, why, config.compile))
+    learner = make_learner(model, config)
+    if state:
+        restore(state, learner, config, data_hash)
+        return learner, state["epoch"], json.loads(state["history"])
+    if resume:
+        check_fresh(folder, checkpoint)
+        log(f"nothing to resume in {checkpoint}: starting at epoch 1")
+    return learner, 0, []
+
+
 def run(args, config, data, manifest, folder, suffix):
     """Train in a folder, from the start or from the last whole checkpoint; writes all that a run leaves behind."""
     device, reason = utils.pick_device(config.use_gpu)
@@ -591,19 +614,8 @@ def run(args, config, data, manifest, folder, suffix):
         log("warning: the locked test labels are not the original's: another order, or another data set?")
     checkpoint = folder / config.ckpt_path / f"{config.ckpt_name}.pth.tar"
     utils.make_folder(checkpoint.parent)
-    data_hash, done, history = fingerprint(data), 0, []
-    state = read_checkpoint(checkpoint, log) if args.resume else None
-    begun = json.loads(state["config"]) if state else {}
-    config.precision, why = utils.pick_precision(config.precision, device, model, begun.get("precision"))
-    config.compile = utils.pick_compile(config.compile, device)
-    log(utils.describe_precision(config.precision, why, config.compile))
-    learner = make_learner(model, config)
-    if state:
-        restore(state, learner, config, data_hash)
-        done, history = state["epoch"], json.loads(state["history"])
-    elif args.resume:
-        check_fresh(folder, checkpoint)
-        log(f"nothing to resume in {checkpoint}: starting at epoch 1")
+    data_hash = fingerprint(data)
+    learner, done, history = start_or_resume(args.resume, model, config, folder, checkpoint, data_hash, log)
     if done == config.epochs and is_finished(folder / "result.json", done):  # not written again, nor any curve
         log(outcome(summary(config, suffix, args.name, history)))
         return

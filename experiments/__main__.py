@@ -36,7 +36,7 @@ from tqdm import tqdm
 import utils
 from config import CONFIG, FREE_ON_RESUME
 from data import canonical_name
-from lockfiles import METHODS
+from methods import METHODS
 from utils import UserError, flatten
 
 # Ways to train, as train.py's keys: as the paper does, a control, and what is known to weaken locks of this kind.
@@ -92,8 +92,8 @@ def commands(args, rest):
 def run(command, slots, threads, running, stopped):
     """Run a command, and keep its process in the list running meanwhile; returns its exit code and what it said last.
 
-    It takes a number from the queue slots meanwhile, and the GPU of that number, counted around; on a CPU so many
-    threads. Once the event stopped is set, nothing goes on that was just being started.
+    Meanwhile it holds a slot from the queue: it computes on the GPU of that number, modulo their count, or on a CPU with
+    so many threads. Once the event stopped is set, nothing goes on that was just being started.
     """
     slot = slots.get()
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
@@ -143,7 +143,7 @@ def run_all(args, rest):
 def gather(folders):
     """The content of every result.json below the folders, and its folder, put together where only the seed differs.
 
-    Returns a list of lists of results. Of a result that was copied there is one.
+    Returns a list of lists of results. Copies of a result count once.
     """
     groups, paths = {}, set()
     for folder in folders:  # not by rglob, which does not follow links
@@ -230,7 +230,7 @@ def papers(result):
     return PAPER.get((result["architecture"], result["method"]))
 
 
-def spread(values):
+def mean_std(values):
     """The mean of some numbers, and their standard deviation where there are several, as text."""
     return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
@@ -245,7 +245,7 @@ def table(groups):
         first, paper = group[0], papers(group[0])
         cells = [first[key] for key in ("dataset", "architecture", "method", "label", "lock_name", "epochs")]
         cells.append(len(group))
-        cells += [spread([result[key] for result in group]) for key in ("orig_acc", "most", "locked_acc")]
+        cells += [mean_std([result[key] for result in group]) for key in ("orig_acc", "most", "locked_acc")]
         cells.append(f"{paper[0]:.2f} / {paper[1]:.2f}" if paper else "")
         lines.append(f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |")
     return "\n".join(lines)

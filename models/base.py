@@ -340,9 +340,9 @@ def goes_on(args):
 def read_resumed(args, model):
     """The checkpoint of --resume, changed so that robustness goes on at the next epoch.
 
-    It saves a schedule before the step that ends an epoch, and would stay one epoch behind. And it takes the
-    checkpoint's accuracy for the best so far, which is that of checkpoint.pt.best, where the run stays in its folder.
-    Raises UserError where the checkpoint is of another kind of training.
+    It saves the schedule before the step that ends an epoch, so that a resumed run would train at the learning rate of
+    the epoch before. And it takes the checkpoint's accuracy for the best so far; where the run stays in its folder,
+    that is the one of checkpoint.pt.best. Raises UserError where the checkpoint is of another kind of training.
     """
     from robustness.train import make_optimizer_and_schedule  # here: robustness_main has imported it
 

@@ -1,4 +1,5 @@
 import os
+import shutil
 import sys
 
 # The tests compare bit for bit, which a GPU does not promise: all but those of test_gpu.py run on the CPU everywhere.
@@ -91,6 +92,16 @@ def place(tmp_path_factory):
         f"locked_test_image: {place}/test_image_basic, locked_test_label: {place}/test_label_basic}}"
     )
     return place
+
+
+@pytest.fixture
+def locked(place, tmp_path):
+    """A copy of the folder with the two locks, whose files a test may change."""
+    folder = tmp_path / "locked"
+    folder.mkdir()
+    for path in place.glob("*_*"):
+        shutil.copy(path, folder)
+    return folder
 
 
 def lock_flags(place, folder=None):

@@ -15,7 +15,7 @@ import pytest
 
 import utils
 from experiments import __main__ as study
-from lockfiles import METHODS
+from methods import METHODS
 from tests.conftest import MINIMAL, config_of
 from utils import flatten
 
@@ -96,7 +96,7 @@ def test_the_readmes_say_what_the_results_say():
     for group in groups:
         first = group[0]
         names = [first["name"]] if first["name"] else [first["lock_method"], "plain", first["architecture"]]
-        numbers = " / ".join(study.spread([result[key] for result in group]) for key in ("orig_acc", "locked_acc"))
+        numbers = " / ".join(study.mean_std([result[key] for result in group]) for key in ("orig_acc", "locked_acc"))
         found = [
             row
             for header, row in rows

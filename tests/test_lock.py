@@ -12,15 +12,16 @@ import lock
 import lockfiles
 import shards
 from data import to_float, to_uint8
+from methods import TARGET_MAPS, combine, target_maps
 from ranks import Ranks
 from tests.conftest import small_classifier
 
 
 def test_target_maps():
     """The maps as the original's code gives them, and what is known of them."""
-    t1, t2, t3, t4 = lock.TARGET_MAPS.values()
+    t1, t2, t3, t4 = TARGET_MAPS.values()
     assert [sorted(target_map) for target_map in (t1, t2, t3, t4)] == [list(range(10))] * 4
-    fixed = {name: [c for c in range(10) if target_map[c] == c] for name, target_map in lock.TARGET_MAPS.items()}
+    fixed = {name: [c for c in range(10) if target_map[c] == c] for name, target_map in TARGET_MAPS.items()}
     assert fixed == {"T1": [], "T2": [9], "T3": [], "T4": [7]}
     assert [c for c in range(10) if t2[c] == t3[c]] == [1]
     assert [c for c in range(10) if t3[c] == t4[c]] == [3]
@@ -30,38 +31,38 @@ def test_target_maps():
 @pytest.mark.parametrize("classes", range(2, 10))
 def test_target_maps_of_fewer_classes_follow_the_papers(classes):
     """Each class goes to the first class that there is, on the way that the paper's map leads."""
-    maps = lock.target_maps(classes, seed=0)
+    maps = target_maps(classes, seed=0)
     for name, target_map in maps.items():
         assert sorted(target_map) == list(range(classes))
         for label, target in enumerate(target_map):
-            way = [lock.TARGET_MAPS[name][label]]
+            way = [TARGET_MAPS[name][label]]
             while way[-1] >= classes:
-                way.append(lock.TARGET_MAPS[name][way[-1]])
+                way.append(TARGET_MAPS[name][way[-1]])
             assert target == way[-1]
     assert all(target != label for label, target in enumerate(maps["T1"]))
-    assert lock.target_maps(10, seed=0) == {name: list(paper) for name, paper in lock.TARGET_MAPS.items()}
+    assert target_maps(10, seed=0) == {name: list(paper) for name, paper in TARGET_MAPS.items()}
 
 
 def test_target_maps_of_more_classes_are_derangements_drawn_from_the_seed():
-    maps = lock.target_maps(17, seed=5)
+    maps = target_maps(17, seed=5)
     for target_map in maps.values():
         assert sorted(target_map) == list(range(17))
         assert all(target != label for label, target in enumerate(target_map))
     assert len({tuple(target_map) for target_map in maps.values()}) == 4
-    assert lock.target_maps(17, seed=5) == maps != lock.target_maps(17, seed=6)
+    assert target_maps(17, seed=5) == maps != target_maps(17, seed=6)
 
 
 def test_combine_equals_slicing_by_hand():
-    a = {name: torch.rand(2, 3, 8, 10) for name in lock.TARGET_MAPS}
+    a = {name: torch.rand(2, 3, 8, 10) for name in TARGET_MAPS}
     a1, a2, a3, a4 = a.values()
-    assert torch.equal(lock.combine(a, "basic"), a1)
-    assert torch.allclose(lock.combine(a, "mixup", lambd=0.3), 0.3 * a1 + 0.7 * a2)
-    horiz = lock.combine(a, "horiz", alpha=0.25)
+    assert torch.equal(combine(a, "basic"), a1)
+    assert torch.allclose(combine(a, "mixup", lambd=0.3), 0.3 * a1 + 0.7 * a2)
+    horiz = combine(a, "horiz", alpha=0.25)
     assert torch.equal(horiz[..., :2], a1[..., :2]) and torch.equal(horiz[..., 2:], a2[..., 2:])
-    both = lock.combine(a, "mixandcat", alpha=0.7, lambd=0.4)
+    both = combine(a, "mixandcat", alpha=0.7, lambd=0.4)
     assert torch.allclose(both[..., :7], (0.4 * a1 + 0.6 * a2)[..., :7])
     assert torch.allclose(both[..., 7:], (0.4 * a3 + 0.6 * a4)[..., 7:])
-    assert torch.equal(lock.combine(a, "horiz", alpha=0), a2) and torch.equal(lock.combine(a, "horiz", alpha=1), a1)
+    assert torch.equal(combine(a, "horiz", alpha=0), a2) and torch.equal(combine(a, "horiz", alpha=1), a1)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def lock_by(method, folder, classifier, images, labels, split, **flags):
     flags = {"eps": 0.5, "attack_lr": 0.1, "alpha": 0.5, "lambd": 0.5, **flags}
     paths = lockfiles.Paths(folder, method)
     paths.partial.mkdir()
-    args, maps = argparse.Namespace(**flags), lock.target_maps(10, seed=0)
+    args, maps = argparse.Namespace(**flags), target_maps(10, seed=0)
     device = torch.device("cpu")
     lock.lock_split(classifier, classifier, images, labels, maps, split, {method: paths}, args, device, Ranks())
     locked, measured, made_with = shards.read_shards(paths, split, range(0, len(images), args.batch_size))
@@ -114,7 +115,7 @@ def test_targets_come_from_labels_on_train_and_from_predictions_on_test(monkeypa
         aimed_at.clear()
         (tmp_path / split).mkdir()
         _, measured = lock_by("horiz", tmp_path / split, Fixed(), images, labels, split, attack_steps=1, batch_size=4)
-        t1, t2 = (torch.tensor(lock.TARGET_MAPS[name]) for name in ("T1", "T2"))
+        t1, t2 = (torch.tensor(TARGET_MAPS[name]) for name in ("T1", "T2"))
         assert torch.equal(torch.cat(aimed_at[0::2]), t1[classes])
         assert torch.equal(torch.cat(aimed_at[1::2]), t2[classes])
         assert measured["base"].sum() == 0
@@ -127,10 +128,10 @@ def test_a_batch_is_attacked_combined_and_rounded_as_its_flags_say(tmp_path):
     locked, measured = lock_by("mixandcat", tmp_path, classifier, images, labels, "train", **flags)
     attacked = {
         name: lock.attack(classifier, to_float(images), torch.tensor(target_map)[labels], 0.8, 0.3, 4)
-        for name, target_map in lock.TARGET_MAPS.items()
+        for name, target_map in TARGET_MAPS.items()
     }
-    assert torch.equal(locked, to_uint8(lock.combine(attacked, "mixandcat", 0.25, 0.7)))
-    for name, target_map in lock.TARGET_MAPS.items():
+    assert torch.equal(locked, to_uint8(combine(attacked, "mixandcat", 0.25, 0.7)))
+    for name, target_map in TARGET_MAPS.items():
         reached = classifier(attacked[name]).argmax(1) == torch.tensor(target_map)[labels]
         assert torch.equal(measured[name], reached.float())
 

@@ -15,19 +15,10 @@ import lockfiles
 import shards
 import train
 import utils
+from methods import TARGET_MAPS
 from tests.conftest import lock_flags
 
 write_locks = lock.write_locks
-
-
-@pytest.fixture
-def locked(place, tmp_path):
-    """A copy of the folder with the two locks, whose files a test may change."""
-    folder = tmp_path / "locked"
-    folder.mkdir()
-    for path in place.glob("*_*"):
-        shutil.copy(path, folder)
-    return folder
 
 
 def manifest_of(folder, suffix="basic"):
@@ -43,7 +34,7 @@ def test_the_manifest_tells_what_a_lock_is(place):
     assert (settings["dataset"], settings["subset"], settings["arch"]) == ("digits", 96, "preresnet8")
     assert settings["manual_seed"] == 23 and "lambd" not in settings
     assert settings["base_sha256"] == lockfiles.sha256((place / "base" / "checkpoint.pt.best").read_bytes())
-    assert settings["target_maps"] == {name: list(lock.TARGET_MAPS[name]) for name in ("T1", "T2")}
+    assert settings["target_maps"] == {name: list(TARGET_MAPS[name]) for name in ("T1", "T2")}
     for split in data.SPLITS:
         original = data.load_digits(None, split).first(96)
         assert settings["original_sha256"][split] == {
@@ -171,7 +162,7 @@ def test_overwriting_never_replaces_the_originals(place, locked, user_error, com
     command(lock.main, *lock_flags(place, locked), "--format", "png")
     flags = [*lock_flags(place, locked), "--format", "png", "--eps", 0.7, "--overwrite"]
     line = user_error(lock.main, *flags, "--dataset", "folder", "--orig-data", locked / "basic")
-    assert "would replace --orig-data" in line
+    assert "what is handed out and the originals in" in line
     for split in data.SPLITS:
         (locked / "basic" / f"{split}.sha256").unlink()
     assert f"{locked}/basic exists, and is not of a lock" in user_error(lock.main, *flags)

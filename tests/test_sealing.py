@@ -1,7 +1,6 @@
 """Sealed originals: only the right key and unchanged files give them back, bit for bit."""
 
 import json
-import shutil
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,17 +97,13 @@ def test_a_key_that_another_process_makes_meanwhile_is_the_one_used(tmp_path, mo
 
 
 @pytest.fixture
-def sealed(place, command, monkeypatch, tmp_path):
+def sealed(place, locked, command, monkeypatch, tmp_path):
     """A finished lock, to which seals are added without another attack; its folder, and the key's."""
-    folder = tmp_path / "locked"
-    folder.mkdir()
-    for path in place.glob("*_*"):
-        shutil.copy(path, folder)
     with monkeypatch.context() as patch:
         patch.setattr(lock, "attack", lambda *args: pytest.fail("an attack was computed again"))
         flags = ["--lock-method", "basic", "horiz", "--key-out", tmp_path / "key"]
-        command(lock.main, *lock_flags(place, folder), *flags)
-    return folder, tmp_path / "key"
+        command(lock.main, *lock_flags(place, locked), *flags)
+    return locked, tmp_path / "key"
 
 
 @pytest.mark.parametrize("method", ["basic", "50_horiz"])

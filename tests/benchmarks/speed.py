@@ -42,7 +42,7 @@ from attack import attack
 from config import CONFIG
 from data import Split, to_float
 from graphs import Compiled
-from lockfiles import METHODS, attacks_of
+from methods import METHODS, attacks_of, target_maps
 from models import MODELS
 from models.base import Batches, Surrogate, accuracies, attacker_model, augment_photos, cuda_optional, speed_up
 from utils import UserError
@@ -145,7 +145,7 @@ def attack_works(device, precision, size):
     labels = torch.arange(size.batch, device=device) % 10
     few, few_labels = to_float(images[: size.reference_batch]), labels[: size.reference_batch]
     args = Namespace(eps=0.5, attack_lr=0.1, attack_steps=size.steps, alpha=0.5, lambd=0.5)
-    maps = lock.target_maps(10, 0)
+    maps = target_maps(10, 0)
     passes = 2 + 1 / size.steps  # after the last step the images are looked at once more
     yield Work(
         "a step of the attack on ResNet-50",
