@@ -92,8 +92,8 @@ def commands(args, rest):
 def run(command, slots, threads, running, stopped):
     """Run a command, and keep its process in the list running meanwhile; returns its exit code and what it said last.
 
-    Meanwhile it holds a slot from the queue: it computes on the GPU of that number, modulo their count, or on a CPU with
-    so many threads. Once the event stopped is set, nothing goes on that was just being started.
+    Meanwhile it holds a slot from the queue: it computes on the GPU of that number, modulo their count, or on a CPU
+    with so many threads. Once the event stopped is set, nothing goes on that was just being started.
     """
     slot = slots.get()
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from data import Split, to_float
+from models import base
 from models.base import (
     Batches,
     accuracies,
@@ -156,3 +157,26 @@ def test_what_makes_it_fast_leaves_a_network_the_same(compiles):
     assert logits.dtype == same_features.dtype == torch.float32
     torch.testing.assert_close(logits, expected, atol=0.05, rtol=0)
     torch.testing.assert_close(same_features, features, atol=0.1, rtol=0)
+
+
+def test_only_digits_are_not_mirrored():
+    assert base.AUGMENTATION["digits"] is base.augment_digits
+    assert {base.AUGMENTATION[name] for name in ("cifar", "cifar10", "folder")} == {base.augment_photos}
+    for augment, mirrored in ((base.augment_digits, False), (base.augment_photos, True)):
+        half = torch.zeros(100, 3, 32, 32, dtype=torch.uint8)
+        half[..., :16] = 255
+        means = augment(half)[..., :10].mean((1, 2, 3))
+        assert (means < 0.2).any() == mirrored
+
+
+def test_what_adversarial_training_leaves_out(monkeypatch, capsys):
+    monkeypatch.setattr(base, "Compiled", lambda *_, **__: pytest.fail("compiled"))
+    args = Namespace(precision="float32", compile="always", batch_size=2, adv_train=1, adv_eval=0)
+    speed_up(nn.Conv2d(3, 2, 3), args, torch.device("cpu"))
+    assert "compiled" not in capsys.readouterr().out
+
+
+def test_a_classifier_in_an_older_form(tmp_path):
+    state = attacker_model("preresnet8", "digits").state_dict()
+    torch.save({"state_dict": state}, tmp_path / "old")
+    assert load_base(tmp_path / "old", "preresnet8", "digits").state_dict().keys() == state.keys()

@@ -248,12 +248,14 @@ def test_mistakes_in_locking(place, user_error, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_robustness_asks_no_git(place, command, capsys, monkeypatch, tmp_path):
-    """Which fails in more ways than it expects: in another user's clone, or one without a commit."""
+def test_a_base_classifier_is_evaluated_alone(place, command, capsys, monkeypatch, tmp_path):
+    """Also where git fails in more ways than robustness expects: in another user's clone, or one without a commit."""
     monkeypatch.setattr("git.Repo", lambda *args, **options: 1 / 0)
+    best = place / "base" / "checkpoint.pt.best"
     command(base.train, "--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--out-dir", tmp_path,
-            "--exp-name", "evaluated", "--eval-only", 1, "--resume", place / "base" / "checkpoint.pt.best")  # fmt: skip
-    assert "on the test set, loss" in capsys.readouterr().out
+            "--exp-name", "evaluated", "--eval-only", 1, "--resume", best)  # fmt: skip
+    accuracy = base.read_checkpoint(best)["nat_prec1"]
+    assert f"accuracy {accuracy:.2f} % on the test set, loss " in capsys.readouterr().out
 
 
 def test_mistakes_in_the_base_classifier(place, user_error, tmp_path):
@@ -275,6 +277,11 @@ def test_mistakes_in_the_base_classifier(place, user_error, tmp_path):
     assert "at least 1" in user_error(base.train, *flags, "--exp-name", "new", "--batch-size", 0)
     assert "expected a number" in user_error(base.train, *flags, "--exp-name", "new", "--eps", "exit()")
     assert "--resume is required" in user_error(base.train, *flags, "--exp-name", "new", "--eval-only", 1)
+    assert "--save-ckpt-iters 0" in user_error(base.train, *flags, "--exp-name", "new", "--save-ckpt-iters", 0)
+    for name in ("lr", "eps"):
+        multiplier = f"--custom-{name}-multiplier"
+        line = user_error(base.train, *flags, "--exp-name", "new", multiplier, "exit()")
+        assert f"{multiplier} exit(): expected a number" in line
     assert "--mixed-precision 1" in user_error(base.train, *flags, "--exp-name", "new", "--mixed-precision", 1)
     line = user_error(base.train, *flags, "--exp-name", "new", "--arch", "mobilenet_v2", "--batch-size", 359)
     assert "--batch-size 359: leaves the last of 1437 images" in line
@@ -311,3 +318,59 @@ def test_help(command, capsys, main):
 def test_a_mistake_from_the_shell(script):
     wrong = subprocess.run([sys.executable, *script, "--no-such-flag"], capture_output=True, text=True)
     assert wrong.returncode == 2 and len(wrong.stderr.strip().splitlines()) == 1
+
+
+def test_the_seed_is_what_a_run_draws_from(place, command, monkeypatch):
+    seeds, make_model = [], train.make_model
+    monkeypatch.setattr(train, "make_model", lambda *args: seeds.append(torch.initial_seed()) or make_model(*args))
+    command(train.main, "--work-path", place / "preresnet8", "--epochs", 1, "--seed", 77)
+    assert seeds == [77]
+
+
+def test_mistakes_in_names_and_labels(place, user_error, tmp_path, locked):
+    work = ["--work-path", place / "preresnet8", "--seed", 40, "--epochs", 1]
+    for name in ("../a", ".a", "seed1"):
+        assert "must be the name of a folder" in user_error(train.main, *work, "--name", name)
+    for name in ("test_image", "test_label"):
+        (tmp_path / f"{name}_other").write_bytes((place / f"{name}_basic").read_bytes())
+    flags = ["--locked_test_image", tmp_path / "test_image_other", "--locked_test_label", tmp_path / "test_label_other"]
+    line = user_error(train.main, *work, *flags)
+    assert "test_image_other: has no manifest, but the files of the other split do" in line
+    line = user_error(train.main, *work, "--locked_train_image", place / "train_label_basic")
+    assert "train_label_basic: not the name of a file of images" in line
+    path = locked / "lock_basic.json"
+    manifest = json.loads(path.read_text())
+    manifest["settings"]["classes"][:2] = ["1", "0"]
+    path.write_text(json.dumps(manifest))
+    assert "its classes are not those of none" in user_error(train.main, *work, "--lock-data", locked)
+    path.unlink()
+    line = user_error(train.main, *work, "--lock-data", locked, "--num_classes", 9)
+    assert "labels go from 0 to 9, but num_classes is 9" in line
+    labels = torch.arange(96) % 10 - 1
+    (locked / "test_label_basic").write_bytes(lockfiles.to_bytes(labels))
+    (locked / "train_label_basic").write_bytes(lockfiles.to_bytes(labels))
+    assert "labels go from -1 to 8" in user_error(train.main, *work, "--lock-data", locked)
+
+
+def test_labels_of_another_order_are_told(place, locked, command, capsys):
+    (locked / "lock_basic.json").unlink()
+    labels = torch.cat(torch.load(locked / "test_label_basic")).flip(0)
+    (locked / "test_label_basic").write_bytes(lockfiles.to_bytes(labels))
+    command(train.main, "--work-path", place / "preresnet8", "--lock-data", locked, "--seed", 41, "--epochs", 1)
+    assert "warning: the locked test labels are not the original's" in capsys.readouterr().out
+
+
+def test_a_base_classifier_is_trained_as_its_flags_say(monkeypatch, command, tmp_path):
+    """What would be trained on, and the seed; the training itself is left out."""
+    loaders, seeds, batches, new = [], [], base.Batches, base.attacker_model
+    monkeypatch.setattr(base, "Batches", lambda *args, **more: loaders.append(batches(*args, **more)) or loaders[-1])
+    monkeypatch.setattr(base, "attacker_model", lambda *args: seeds.append(torch.initial_seed()) or new(*args))
+    monkeypatch.setattr(base, "report", lambda *args: None)
+    monkeypatch.setattr(base.robustness_main(), "train_model", lambda *args, **options: None)
+    for augmented in (1, 0):
+        command(base.train, "--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--out-dir", tmp_path,
+                "--exp-name", augmented, "--data-aug", augmented, "--manual-seed", 9)  # fmt: skip
+    assert seeds == [9, 9]
+    assert [(one.transform, one.shuffle) for one in loaders] == [
+        (data.to_float, False), (base.augment_digits, True), (data.to_float, False), (data.to_float, True)
+    ]  # fmt: skip

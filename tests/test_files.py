@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 
+import data
+import lockfiles
 import shards
 import train
 from data import to_uint8
@@ -61,6 +63,9 @@ def test_to_uint8_rounds_to_nearest():
         ([IMAGES.float()], [LABELS], r"must lie in \[0, 1\]"),
         ([IMAGES.float() * torch.nan], [LABELS], r"must lie in \[0, 1\]"),
         ([IMAGES], [LABELS > 2], "expected labels"),
+        ([IMAGES / 255 - 0.1], [LABELS], r"must lie in \[0, 1\]"),
+        ([IMAGES[:, :1]], [LABELS], r"expected images \[N, 3, H, W\]"),
+        ([IMAGES.float().div(255).to_sparse()], [LABELS], "not a list of tensors"),
     ],
 )
 def test_files_that_do_not_fit(pair, images, labels, message):
@@ -132,3 +137,13 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
         write_file(path, b"new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_slice_is_saved_alone():
+    assert len(lockfiles.to_bytes(torch.zeros(10**5)[:1])) < 10**4
+
+
+def test_names_that_leave_the_folder_are_not_written(tmp_path):
+    part = data.load_digits(None, "test").first(1)._replace(names=["../evil.png"])
+    with pytest.raises(UserError, match="cannot be the name of an image"):
+        lockfiles.write_tree(tmp_path / "tree", part)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import data
@@ -14,7 +15,8 @@ import shards
 from data import to_float, to_uint8
 from methods import TARGET_MAPS, combine, target_maps
 from ranks import Ranks
-from tests.conftest import small_classifier
+from tests.conftest import lock_flags, small_classifier
+from utils import UserError
 
 
 def test_target_maps():
@@ -196,3 +198,47 @@ def test_larger_images_are_attacked_in_smaller_batches():
     cpu = torch.device("cpu")
     sizes = [lock.default_batch_size(torch.empty(1, 3, size, 2 * size), cpu) for size in (16, 32, 64, 500)]
     assert sizes == [256, 64, 16, 1]
+
+
+def test_alpha_is_rounded_down():
+    a = {name: torch.rand(1, 3, 2, 10) for name in ("T1", "T2")}
+    both = combine(a, "horiz", alpha=0.29)
+    assert torch.equal(both[..., :2], a["T1"][..., :2]) and torch.equal(both[..., 2:], a["T2"][..., 2:])
+
+
+class Constant(nn.Module):
+    """Sees class 3 in every image."""
+
+    def forward(self, images):
+        return F.one_hot(torch.full((len(images),), 3), 10).float()
+
+
+def measured_of(classifier, surrogate):
+    """What lock_batch measures of ten images, one of each class, locked by basic."""
+    args = argparse.Namespace(eps=0.5, attack_lr=0.1, attack_steps=1, alpha=0.5, lambd=0.5, precision="bfloat16")
+    images, labels = torch.randint(256, (10, 3, 16, 16), dtype=torch.uint8), torch.arange(10)
+    batch = classifier, surrogate, images, labels, target_maps(10, 0), "predictions", ["basic"]
+    return lock.lock_batch(*batch, args, lambda: None)["basic"][1]
+
+
+def test_the_classifier_and_not_its_surrogate_predicts_and_measures():
+    measured = measured_of(Constant(), small_classifier())
+    true = F.one_hot(torch.tensor(3), 10).float()
+    assert torch.equal(measured["base"], true) and torch.equal(measured["to_true"], true)
+    assert not measured["T1"].any() and not measured["to_target"].any()
+
+
+def test_a_surrogate_that_gives_nan_is_not_attacked():
+    surrogate = small_classifier()
+    surrogate[7].bias.data.fill_(torch.nan)
+    with pytest.raises(UserError, match="the base classifier gives NaN or infinity"):
+        measured_of(Constant(), surrogate)
+
+
+def test_a_lock_computes_in_its_precision_and_compiles_its_batches(place, command, monkeypatch, tmp_path):
+    made, surrogate = [], lock.Surrogate
+    monkeypatch.setattr(lock, "Surrogate", lambda *args: made.append(args[1]) or surrogate(*args))
+    monkeypatch.setattr(lock, "Compiled", lambda forward, size, say: made.append(size) or forward)
+    flags = [*lock_flags(place, tmp_path), "--batch-size", 500, "--precision", "bfloat16", "--compile", "always"]
+    command(lock.main, *flags)
+    assert made == [torch.bfloat16, 96]

@@ -15,8 +15,10 @@ import lockfiles
 import shards
 import train
 import utils
+from lockfiles import Paths
 from methods import TARGET_MAPS
 from tests.conftest import lock_flags
+from utils import UserError
 
 write_locks = lock.write_locks
 
@@ -131,6 +133,9 @@ def test_verify(place, locked, command, user_error, capsys):
         lambda manifest: manifest["report"]["train"]["attacks"].update({"{0}\nevery file is as it was locked": 1}),
         lambda manifest: manifest["report"]["train"]["attacks"].clear(),
         lambda manifest: manifest["settings"].update(subset=1.5),
+        lambda manifest: manifest.update(files={}),
+        lambda manifest: manifest["report"]["train"].update(l2_mean=True),
+        lambda manifest: manifest["settings"].update(dataset="a\nb"),
     ],
 )
 def test_a_manifest_that_no_lock_writes(locked, user_error, change):
@@ -380,3 +385,87 @@ def test_png_files_hold_what_the_tensors_hold(place, locked, command, monkeypatc
     command(train.main, *run, "--seed", 34, "--overwrite", *alone)
     result = json.loads((place / "preresnet8" / "basic" / "seed34" / "result.json").read_text())
     assert list(result["lock"]["files"]) == ["basic/train.sha256", "basic/test.sha256"]
+
+
+def test_an_older_lock_asked_for_again_costs_no_shard_of_a_new_one(place, locked, command, monkeypatch):
+    interrupt(monkeypatch, at=3)
+    with pytest.raises(SystemExit):
+        command(lock.main, *lock_flags(place, locked), "--eps", 0.7, "--overwrite")
+    command(lock.main, *lock_flags(place, locked))
+    assert len(list((locked / ".lock_basic").glob("train_*"))) == 2
+
+
+def test_a_shard_under_another_name_is_none(tmp_path):
+    paths = Paths(tmp_path, "basic")
+    paths.partial.mkdir()
+    shards.write_all({"basic": paths}, "train", [0], [({"basic": (torch.zeros(5, 3, 4, 4), {})}, {})])
+    shards.shard_path(paths, "train", 0).rename(shards.shard_path(paths, "train", 5))
+    assert shards.read_shard(paths, "train", 5) is None
+
+
+def test_settings_that_are_no_more_differ_too():
+    with pytest.raises(UserError, match="x was made with old 1, but now it is None"):
+        shards.refuse_others("x", {"old": 1, "same": 2}, {"same": 2})
+
+
+@pytest.mark.parametrize("name, value", [("precision", "float32"), ("compile", "never")])
+def test_more_choices_that_no_lock_makes(place, locked, user_error, name, value):
+    path = locked / "lock_basic.json"
+    path.write_text(path.read_text().replace(f'"{name}": "{value}"', f'"{name}": "x"'))
+    assert f"was made with {name} x, but now it is {value}" in user_error(lock.main, *lock_flags(place, locked))
+
+
+def test_every_environment_stands_in_the_manifest(place, command, monkeypatch, tmp_path):
+    interrupt(monkeypatch, at=3)
+    flags = [*lock_flags(place, tmp_path), "--precision", "float32"]
+    monkeypatch.setattr("utils.has_amx", lambda: True)
+    with pytest.raises(SystemExit):
+        command(lock.main, *flags)
+    monkeypatch.setattr("utils.has_amx", lambda: False)
+    command(lock.main, *flags)
+    assert [", AMX" in one["device"] for one in manifest_of(tmp_path)["made_with"]] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda text: text.replace("train/0/", "train/../"), "cannot be the name of an image"),
+        (lambda text: text.partition("\n")[2], "lists 95 images"),
+    ],
+)
+def test_sums_that_no_lock_writes(place, locked, command, change, message):
+    command(lock.main, *lock_flags(place, locked), "--format", "png")
+    paths, manifest = Paths(locked, "basic"), manifest_of(locked)
+    path = paths.sums("train")
+    path.write_text(change(path.read_text()))
+    manifest["files"][paths.name(path)]["sha256"] = lockfiles.sha256(path.read_bytes())
+    with pytest.raises(UserError, match=message):
+        lockfiles.read_sums(paths, "train", manifest)
+
+
+def test_what_lock_says(place, locked, command, capsys, tmp_path):
+    (locked / ".lock_mixup").mkdir()
+    command(lock.main, "--verify", locked)
+    assert ".lock_mixup: an interrupted lock" in capsys.readouterr().out
+    command(lock.main, *lock_flags(place, tmp_path / "new"), "--lock-method", "mixup", "--subset", 4)
+    assert "the target map T2 sends 9 to itself" in capsys.readouterr().out
+
+
+def test_a_linked_tree_is_not_of_a_lock(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "train.sha256").touch()
+    (tmp_path / "basic").symlink_to(tmp_path / "mine")
+    assert not Paths(tmp_path, "basic").has_tree()
+
+
+def test_verify_takes_no_other_file_for_a_lock(locked, command):
+    (locked / "lock_picking.json").write_text("{}")
+    command(lock.main, "--verify", locked)
+
+
+def test_images_that_a_base_classifier_does_not_take(place, user_error, monkeypatch, tmp_path):
+    def refuse(model, images, what):
+        raise UserError(f"{what} {tuple(images.shape)}")
+
+    monkeypatch.setattr(utils, "check_size", refuse)
+    assert "--arch preresnet8 (1, 3, 32, 32)" in user_error(lock.main, *lock_flags(place, tmp_path))

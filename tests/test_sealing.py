@@ -214,3 +214,20 @@ def test_an_unlock_that_was_interrupted_starts_again(sealed, command, user_error
     command(lock.main, *flags)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", "test", "train"]
     assert "holds files already" in user_error(lock.main, *flags)
+
+
+def test_a_seal_is_made_once(place, locked, command, tmp_path):
+    flags = [*lock_flags(place, locked), "--key-out", tmp_path / "key"]
+    command(lock.main, *flags)
+    before = (locked / "train_sealed_basic").read_bytes()
+    command(lock.main, *flags)
+    assert (locked / "train_sealed_basic").read_bytes() == before
+
+
+def test_the_first_lock_of_two_keys_is_unlocked(place, locked, command, tmp_path):
+    command(lock.main, *lock_flags(place, locked), "--key-out", tmp_path / "one")
+    more = ["--lock-method", "mixup", "--subset", 8, "--key-out", tmp_path / "two"]
+    command(lock.main, *lock_flags(place, locked), *more)
+    flags = ["--unlock", "--lock-data", locked, "--orig-data", tmp_path / "out", "--key", tmp_path / "two"]
+    command(lock.main, *flags)
+    assert len(torch.cat(torch.load(tmp_path / "out" / "train_label_original"))) == 8

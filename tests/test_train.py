@@ -1,5 +1,6 @@
 """The training loop: schedules, what is trained and evaluated, what is reported."""
 
+import copy
 import math
 import threading
 from functools import partial
@@ -15,6 +16,11 @@ import train
 from config import CONFIG
 from tests.conftest import MINIMAL, config_of, new_learner
 from utils import PRECISIONS, UserError
+
+
+def float32_config(**keys):
+    """The default config, in float32, with other keys."""
+    return EasyDict(copy.deepcopy(CONFIG) | {"precision": "float32"} | keys)
 
 
 def test_schedules(tmp_path):
@@ -36,7 +42,7 @@ def learner_of(model, lr):
 
 def test_training_and_evaluation_count_right():
     """A linear model of two grey levels: all right, then, with the labels swapped, all wrong."""
-    config = EasyDict(CONFIG | {"precision": "float32", "batch_size": 4, "test_batch": 3})
+    config = float32_config(batch_size=4, test_batch=3)
     config.augmentation.random_crop = False
     images = torch.tensor([0, 255] * 5, dtype=torch.uint8)[:, None, None, None].expand(10, 3, 4, 4)
     labels = torch.tensor([0, 1] * 5)
@@ -69,7 +75,7 @@ class Recorder:
 
 def test_an_epoch_trains_on_the_training_set_and_tells_the_test_sets_apart():
     """Black is 0 and white 1, but the other way round on the locked test set: all wrong there, and all right here."""
-    config = EasyDict(CONFIG | {"precision": "float32", "epochs": 3, "eval_freq": 3, "batch_size": 8, "test_batch": 4})
+    config = float32_config(epochs=3, eval_freq=3, batch_size=8, test_batch=4)
     config.augmentation.random_crop = False
     config.lr_scheduler.lr_epochs = [1, 2]
     data = {
@@ -186,14 +192,14 @@ def test_a_model_that_predicts_nan_is_not_scored():
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
     model[1].bias.data.fill_(math.nan)
     data = {"locked_test": two_tones(10, [0, 1]), "original": two_tones(10, [0, 1])}
-    config = EasyDict(CONFIG | {"precision": "float32"})
+    config = float32_config()
     with pytest.raises(UserError, match="epoch 3: the loss is nan"):
         train.evaluate_both(model, data, 3, config, {})
 
 
 def test_blended_targets_count_by_their_weight(monkeypatch):
     """With a weight of 1/4, blends of 0 and 1 in equal parts are three quarters of the other class."""
-    config = EasyDict(CONFIG | {"precision": "float32", "batch_size": 10})
+    config = float32_config(batch_size=10)
     config.augmentation.random_crop = False
     blended = torch.tensor([[0.25, 0.75]] * 10)
     monkeypatch.setattr(train, "make_mixer", lambda config: lambda inputs, targets: (inputs, blended))
@@ -251,3 +257,61 @@ def test_summary():
         "locked_acc": 94, "orig_acc": 21, "best_epoch": 2, "best_locked_acc": 95, "orig_acc_at_best": 30,
         "max_orig_acc": 58,
     }  # fmt: skip
+
+
+def test_two_steps_are_sgd_by_its_definition():
+    model, inputs, targets = nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), torch.rand(6, 3, 4, 4), torch.arange(6) % 2
+    expected, step = copy.deepcopy(model), train.make_step(learner_of(model, lr=0.5), float32_config())
+    for _ in range(2):
+        step(inputs, targets)
+        gradients = torch.autograd.grad(F.cross_entropy(expected(inputs), targets), expected.parameters())
+        for weights, gradient in zip(expected.parameters(), gradients):
+            weights.data -= 0.5 * gradient
+    torch.testing.assert_close(flat(model), flat(expected))
+
+
+def test_each_epoch_takes_every_image_once_in_an_order_of_its_own():
+    images, labels, seen = torch.zeros(10, 3, 4, 4, dtype=torch.uint8), torch.arange(10), []
+
+    def step(inputs, targets):
+        seen.append(targets)
+        return torch.zeros(2)
+
+    for _ in range(2):
+        train.train_epoch(step, images, labels, float32_config(batch_size=4))
+    first, second = torch.cat(seen).view(2, 10).tolist()
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+
+
+def test_evaluation_leaves_the_model_as_it_is():
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(48), nn.Linear(48, 2)).train()
+    before = copy.deepcopy(model.state_dict())
+    train.evaluate(model, torch.randint(256, (6, 3, 4, 4), dtype=torch.uint8), torch.zeros(6, dtype=int), float32_config())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_first_of_equally_good_epochs_is_the_best():
+    kept, history, learner = [], [{"locked_acc": 50.0}], learner_of(nn.Linear(1, 1), lr=0)
+    for accuracy in (50.0, 51.0):
+        record = {"locked_acc": accuracy}
+        train.keep_epoch(lambda *args: kept.append(args[-1]), None, learner, 2, record, history, {}, "")
+    assert kept == [False, True]
+
+
+def test_what_a_start_lost_is_not_noted(tmp_path):
+    for first in (1, 3, 3):
+        starts = train.note_start(tmp_path / "made_with.json", range(first, 6), torch.device("cpu"))
+    assert [start["from_epoch"] for start in starts] == [1, 3]
+
+
+def test_a_checkpoint_of_something_else(tmp_path):
+    torch.save({"epoch": 1}, tmp_path / "ckpt.pth.tar")
+    with pytest.raises(UserError, match="ckpt.pth.tar: damaged"):
+        train.read_checkpoint(tmp_path / "ckpt.pth.tar", log=print)
+
+
+def test_the_best_checkpoint_is_written_first(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(train, "write_file", lambda path, content: written.append(path.name))
+    train.write_checkpoint(tmp_path / "ckpt.pth.tar", {}, is_best=True)
+    assert written == ["ckpt_best.pth.tar", "ckpt.pth.tar"]
