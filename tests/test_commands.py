@@ -263,6 +263,9 @@ def test_mistakes_in_the_base_classifier(place, user_error, tmp_path):
     resume = ["--resume", place / "base" / "checkpoint.pt.latest"]
     for more in ([], resume):  # without its optimizer it would start anew
         assert "holds a classifier already, finished or not" in user_error(base.train, *flags, *more)
+    (tmp_path / "base").mkdir()
+    shutil.copy(resume[1], tmp_path / "base")  # without a best one, it is still a classifier
+    assert "holds a classifier already" in user_error(base.train, *flags, "--out-dir", tmp_path)
     adversarial = ["--adv-train", 1, "--constraint", 2, "--eps", 1, "--attack-lr", 1]
     line = user_error(base.train, *flags, *resume, "--resume-optimizer", 1, *adversarial)
     assert f"{resume[1]}: was trained with another --adv-train" in line

@@ -286,7 +286,8 @@ def test_each_epoch_takes_every_image_once_in_an_order_of_its_own():
 def test_evaluation_leaves_the_model_as_it_is():
     model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(48), nn.Linear(48, 2)).train()
     before = copy.deepcopy(model.state_dict())
-    train.evaluate(model, torch.randint(256, (6, 3, 4, 4), dtype=torch.uint8), torch.zeros(6, dtype=int), float32_config())
+    images, labels = torch.randint(256, (6, 3, 4, 4), dtype=torch.uint8), torch.zeros(6, dtype=int)
+    train.evaluate(model, images, labels, float32_config())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
