@@ -101,7 +101,7 @@ def load_config(path, overrides):
         raise UserError(f"{path}: no such file; the work path is a folder with a config.yaml")
     try:
         content = yaml.load(Path(path).read_bytes(), Loader)
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected keys and values, like 'epochs: 250'")

@@ -1,6 +1,7 @@
 """Data sets: CIFAR-10, scikit-learn's digits, and folders of images."""
 
 import itertools
+import os
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -76,8 +77,8 @@ def load_digits(root, split):
 
 
 def load_folder(root, split):
-    """The images in root/<split>/<class>/, PNG or JPEG and of one size, in this order: of
-    each class the first by name, then of each the second, and so on.
+    """The images in root/<split>/<class>/, PNG or JPEG and of one size: of each class the first by name, then the
+    second, and so on.
 
     So the first images of a split, which --subset takes, are of every class. Raises UserError naming the file or
     folder where one cannot be used.
@@ -102,32 +103,34 @@ def load_folder(root, split):
             raise UserError(f"{path}: is {found} pixels, but {first} is {expected}; bring all images to one size")
         images[index] = image
     names = [Path(path).relative_to(folder).with_suffix(".png").as_posix() for path, _ in samples]
-    check_names(names, files.classes, folder)
+    colon = next((name for name in names if ":" in name), None)
+    if colon:
+        raise UserError(f"{folder}: {colon} has a colon in its name, which Windows does not take; rename it")
+    check_names(names, files.classes, folder, fold=str.lower)  # to macOS and Windows, a capital is a small letter
     return Split(images, torch.tensor([label for _, label in samples]), files.classes, names)
 
 
 def is_plain(name):
-    """Whether a text can be the name of a file or folder, and of none but one inside the folder that it is put in.
+    """Whether a text can be the name of a file or folder, and of none but one inside the folder that it is put in."""
+    separators = set("/\\:" if os.name == "nt" else "/\\")  # on Windows a colon ends the name of a disk
+    return name not in ("", ".", "..") and name.isprintable() and not set(name) & separators
 
-    On Windows, too, where a colon may name another disk.
+
+def check_names(names, classes, where, fold=str):
+    """Raise UserError unless each name, and no other, is that of one PNG file in the folder of a class.
+
+    fold maps names that count as one to the same text.
     """
-    return name not in ("", ".", "..") and name.isprintable() and not set(name) & set("/\\:")
-
-
-def check_names(names, classes, where):
-    """Raise UserError unless each name, and no other, is that of one PNG file in the folder of a class."""
     folders = set()
     for name in names:
         parts = name.split("/")
         if not all(map(is_plain, parts)) or len(parts) < 2 or parts[0] not in classes or not name.endswith(".png"):
             raise UserError(f"{where}: {name!r} cannot be the name of an image; rename it")
         folders.update("/".join(parts[:depth]) for depth in range(1, len(parts)))
-    found = Counter(map(str.casefold, [*names, *folders]))  # to macOS and Windows, a capital is a small letter
-    twice = next((name for name in [*names, *folders] if found[name.casefold()] > 1), None)
+    found = Counter(map(fold, [*names, *folders]))
+    twice = next((name for name in [*names, *folders] if found[fold(name)] > 1), None)
     if twice:
-        raise UserError(
-            f"{where}: two images, or an image and a folder, would be named {twice}, capitals aside; rename one"
-        )
+        raise UserError(f"{where}: two images or folders would be named {twice}, capitals aside; rename one")
 
 
 def list_images(folder):

@@ -110,7 +110,7 @@ def check_finished(paths, manifest, key_out):
 
 
 def check_places(locks, args):
-    """Raise UserError where a lock would delete a seal, replace what is not of a lock, or lie among the originals."""
+    """Raise UserError where a lock would delete a seal, originals, or what is not of a lock; or lie among originals."""
     for paths in locks.values():
         seal = next((path for path in paths.groups()["sealed"] if path.exists()), None)
         if seal and args.overwrite and not args.key_out:
@@ -119,7 +119,8 @@ def check_places(locks, args):
             raise UserError(f"{paths.tree} exists, and is not of a lock; name another folder with --lock-data")
         locked, originals = paths.folder.resolve(), Path(args.orig_data).resolve()
         together = originals in (locked, *locked.parents) or locked in originals.parents
-        if args.dataset == "folder" and together:
+        replaced = paths.tree.resolve() in (originals, *originals.parents)
+        if replaced or (args.dataset == "folder" and together):
             raise UserError(
                 f"--lock-data {args.lock_data}: what is handed out and the originals in {args.orig_data} lie in one "
                 "another; name another folder"

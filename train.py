@@ -358,7 +358,7 @@ def restore(state, learner, config, data_hash):
     torch.set_rng_state(state["rng"])
     if on_gpu(learner) and state["cuda_rng"] is not None:
         torch.cuda.set_rng_state(state["cuda_rng"])
-    elif on_gpu(learner):  # trained on a CPU so far; seeded as at the start, it would draw what the first epoch drew
+    elif on_gpu(learner):  # from a CPU, which keeps no state of it; what ran on a GPU before that drew from the seed
         torch.cuda.manual_seed(config.seed + state["epoch"])
 
 
@@ -448,7 +448,7 @@ def summary(config, suffix, name, history):
 
 
 def is_finished(path, epochs):
-    """Whether there is a result.json, and of so many epochs."""
+    """Whether a file is the result.json of a run of so many epochs."""
     try:
         return json.loads(path.read_text())["epochs"] == epochs
     except (OSError, ValueError, KeyError, TypeError):  # absent, or damaged
@@ -616,12 +616,14 @@ def run(args, config, data, manifest, folder, suffix):
     utils.make_folder(checkpoint.parent)
     data_hash = fingerprint(data)
     learner, done, history = start_or_resume(args.resume, model, config, folder, checkpoint, data_hash, log)
-    if done == config.epochs and is_finished(folder / "result.json", done):  # not written again, nor any curve
+    evaluated = history and history[-1]["epoch"] == config.epochs
+    if evaluated and is_finished(folder / "result.json", done):  # not written again, nor any curve
         log(outcome(summary(config, suffix, args.name, history)))
         return
     writers = open_writers(folder, done + 1)
-    if not done:
-        show_pictures(data, folder / "images.png", writers["run"])
+    picture = folder / "images.png"
+    if not done or not picture.exists():
+        show_pictures(data, picture, writers["run"])
     data = {name: (images.to(device), labels.to(device)) for name, (images, labels) in data.items()}
     epochs, step = range(done + 1, config.epochs + 1), make_step(learner, config, log)
     made_with = note_start(folder / "made_with.json", epochs, device)
@@ -638,7 +640,7 @@ def run(args, config, data, manifest, folder, suffix):
 
     content = {**result, "config": config, "made_with": made_with, "history": history, "lock": manifest}
     write_file(folder / "result.json", json.dumps(content, indent=1).encode())
-    log(f"pictures (originals, locked, ten times the difference): {folder / 'images.png'}")
+    log(f"pictures (originals, locked, ten times the difference): {picture}")
     log(f"curves: tensorboard --logdir {shlex.quote(args.work_path)}")
     log(outcome(result))
 

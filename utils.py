@@ -75,7 +75,8 @@ parse_seed = number(int, 0, MAX_SEED)
 def run_command(main, if_interrupted="nothing more was written"):
     """Call main(); a mistake of the user's becomes one line on standard error and exit code 2, Ctrl-C exit code 130."""
     threading.excepthook = quiet_excepthook
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name may have letters that a terminal or a pipe has not
+    if hasattr(sys.stdout, "reconfigure"):  # not where it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name may have letters that a terminal or a pipe has not
     try:
         main()
     except KeyboardInterrupt:
@@ -191,7 +192,10 @@ def exclusive(folder):
         lock.acquire(timeout=0)
     except Timeout as error:
         raise UserError(f"{folder}: another process is writing there; wait for it, or name another folder") from error
-    except (NotImplementedError, OSError):  # some network file systems
+    except (NotImplementedError, OSError) as error:
+        if getattr(error, "errno", None) not in (None, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        # some network file systems
         print(f"{folder}: its file system cannot keep two processes apart; take care that only one writes there")
     try:
         yield

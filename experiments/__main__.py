@@ -20,7 +20,6 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from glob import glob
 from pathlib import Path
 from queue import SimpleQueue
 from statistics import mean, stdev
@@ -140,15 +139,25 @@ def run_all(args, rest):
 # Gather
 
 
+def find_results(folder):
+    """The real path of every result.json below a folder; links are followed, and no folder is looked at twice."""
+    seen = set()
+    for root, subfolders, files in os.walk(folder, followlinks=True):
+        root = os.path.realpath(root)
+        if root in seen:
+            subfolders.clear()
+        elif "result.json" in files:
+            yield Path(root, "result.json")
+        seen.add(root)
+
+
 def gather(folders):
     """The content of every result.json below the folders, and its folder, put together where only the seed differs.
 
     Returns a list of lists of results. Copies of a result count once.
     """
-    groups, paths = {}, set()
-    for folder in folders:  # not by rglob, which does not follow links
-        paths |= {Path(folder, path).resolve() for path in glob("**/result.json", root_dir=folder, recursive=True)}
-    for path in sorted(paths):
+    groups = {}
+    for path in sorted({path for folder in folders for path in find_results(folder)}):
         try:
             result = {"name": "", **json.loads(path.read_text()), "folder": path.parent}
             result["dataset"] = canonical_name(result["dataset"])
@@ -165,7 +174,9 @@ def gather(folders):
             group = groups.setdefault(json.dumps([same, result["settings"]]), {})
             group[json.dumps([result["seed"], result["history"]])] = result
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: not a result of train.py, or damaged; take it away, or run that again") from error
+            raise UserError(
+                f"{path}: not a result of train.py, or damaged; take it away, and train.py --resume writes it again"
+            ) from error
     found = sorted(([*group.values()] for group in groups.values()), key=place_in_table)
     tell_apart(found)
     return found
@@ -173,12 +184,12 @@ def gather(folders):
 
 def settings_of(result):
     """All that makes runs different ones: their configs, but for the seed, and the settings of their locks, as a flat
-    dict. Locked files without a manifest are told apart by their paths."""
+    dict. Locks without a manifest are told apart by their paths."""
     free = FREE_ON_RESUME - {"eval_freq"}  # the largest accuracy on the way is one of so many
     config = {
         key: value
         for key, value in flatten(result["config"]).items()
-        if key != "seed" and (key not in free or (key.startswith("locked_") and not result["lock"]))
+        if key != "seed" and (key not in free or (key == "locked_train_image" and not result["lock"]))
     }
     return config | flatten({"lock": result["lock"]["settings"]} if result["lock"] else {})
 
@@ -195,10 +206,10 @@ def tell_apart(groups):
         settings = [group[0]["settings"] for group in members]
         keys = dict.fromkeys(itertools.chain(*settings))
         differing = [key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)]
-        shown = [key for key in differing if "sha256" not in key]
+        shown = [key for key in differing if "sha256" not in key] or differing[:1]
         for result in itertools.chain(*members):
             ours = result["settings"]
-            result["label"] = ", ".join([label, *(f"{key} {ours[key]}" for key in shown if key in ours)])
+            result["label"] = ", ".join([label, *(f"{key} {str(ours[key])[:40]}" for key in shown if key in ours)])
 
 
 def method_of(result):
@@ -221,8 +232,9 @@ def place_in_table(group):
     return first["dataset"], first["architecture"], first["method"], names.index(first["name"])
 
 
-def papers(result):
-    """The paper's accuracies for what a result was trained on and with, or None where it has none."""
+def paper_accuracies(result):
+    """The paper's accuracies for a result's model and method; None where it has none, or where eps or the training
+    are not the paper's."""
     config, ours, lock = flatten(result["config"]), flatten(CONFIG), result["lock"]
     plain = all(config.get(key, ours[key]) == ours[key] for keys in VARIANTS.values() for key in keys)
     if result["dataset"] != "cifar10" or result["name"] or not plain or (lock and lock["settings"]["eps"] != 0.5):
@@ -242,7 +254,7 @@ def table(groups):
     columns += "locked, %", "paper, original / locked"
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for group in groups:
-        first, paper = group[0], papers(group[0])
+        first, paper = group[0], paper_accuracies(group[0])
         cells = [first[key] for key in ("dataset", "architecture", "method", "label", "lock_name", "epochs")]
         cells.append(len(group))
         cells += [mean_std([result[key] for result in group]) for key in ("orig_acc", "most", "locked_acc")]
@@ -275,7 +287,8 @@ def plot(groups, path):
             color = f"C{methods.index(group[0]['method'])}"
             draw(axis, group, "locked_acc", group[0]["method"], color, "-")
             draw(axis, group, "orig_acc", None, color, "--")
-        axis.legend(fontsize="small")
+        for text in axis.legend(fontsize="small").get_texts():
+            text.set_parse_math(False)
     with utils.naming(path):
         figure.savefig(path, dpi=100)
 
@@ -304,7 +317,8 @@ def show(groups, path):
     figure = Figure(figsize=(10, 3.2 * len(folders)), layout="constrained")
     for axis, (lock, folder) in zip(figure.subplots(len(folders), squeeze=False)[:, 0], folders.items()):
         axis.set_axis_off()
-        axis.set_title(f"{lock}: originals, locked images, ten times the difference", loc="left")
+        title = f"{lock}: originals, locked images, ten times the difference"
+        axis.set_title(title, loc="left", parse_math=False)
         axis.imshow(image.imread(Path(folder, "images.png")))
     with utils.naming(path):
         figure.savefig(path, dpi=100)
@@ -356,7 +370,7 @@ def parse_arguments():
     for name, known in {"lock_method": METHODS, "variant": VARIANTS, "seed": [], "work_path": []}.items():
         given = getattr(args, name)
         setattr(args, name, list(known) if known and "all" in given else list(dict.fromkeys(given)))
-    for flag in (given.partition("=")[0] for given in rest):
+    for flag in (given.partition("=")[0] for given in rest if given.startswith("--")):
         variant = next((name for name in args.variant if flag.removeprefix("--") in VARIANTS[name]), None)
         if variant:
             raise UserError(f"{flag}: --variant {variant} sets it; leave it out, or use train.py with a --name")

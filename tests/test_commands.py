@@ -234,6 +234,9 @@ def test_mistakes_in_training(place, user_error, command, tmp_path):
 
 def test_mistakes_in_locking(place, user_error, tmp_path):
     elsewhere = [*lock_flags(place), "--lock-data", tmp_path / "new"]
+    assert "--eps: '-1' is not a number of at least 0" in user_error(lock.main, *elsewhere, "--eps=-1")
+    assert "--subset: '1.5' is not a whole number of at least 1" in user_error(lock.main, *elsewhere, "--subset", 1.5)
+    assert "--alpha: '2' is not a number from 0 to 1" in user_error(lock.main, *elsewhere, "--alpha", 2)
     assert "no such checkpoint" in user_error(lock.main, *elsewhere, "--resume-path", tmp_path / "none")
     line = user_error(lock.main, *elsewhere, "--lock-method", "basic", "mixup", "--alpha", 0.3)
     assert "--alpha: --lock-method basic mixup has no use for it" in line
@@ -310,16 +313,16 @@ def test_base_classifier_is_resumed(tmp_path, command, step_lr, lr):
     assert (folder / "store.2.h5").exists()
 
 
-@pytest.mark.parametrize("main", [lock.main, train.main, base.train, study.main])
+@pytest.mark.parametrize("main", [lock.main, train.main, base.train, study.main], ids=lambda main: main.__module__)
 def test_help(command, capsys, main):
     with pytest.raises(SystemExit) as exit:
         command(main, "--help")
     assert exit.value.code == 0 and capsys.readouterr().out.startswith("usage: command")
 
 
-@pytest.mark.parametrize("script", [["lock.py"], ["train.py"], ["-m", "models.base"], ["-m", "experiments"]])
+@pytest.mark.parametrize("script", ["lock.py", "train.py", "-m models.base", "-m experiments"])
 def test_a_mistake_from_the_shell(script):
-    wrong = subprocess.run([sys.executable, *script, "--no-such-flag"], capture_output=True, text=True)
+    wrong = subprocess.run([sys.executable, *script.split(), "--no-such-flag"], capture_output=True, text=True)
     assert wrong.returncode == 2 and len(wrong.stderr.strip().splitlines()) == 1
 
 

@@ -35,16 +35,17 @@ def results(tmp_path):
         {"seed": 1, "orig_acc": 30.0},
         {"lock_method": "horiz", "alpha": 0.3},
         {"name": "jpeg10"},
-        {"name": "a$x_{|"},
+        {"name": "a$x_{|$"},
         {"dataset": "digits"},
         {"config": {"epochs": 2, "seed": 0, "batch_size": 8}},
         {"config": {"epochs": 2, "seed": 0, "locked_train_image": "other"}},
+        {"config": {"epochs": 2, "seed": 0, "eval_freq": 5}},
         {"config": {"epochs": 2, "seed": 0, "train_on": "original"}},
         {"lock": {"settings": {"eps": 2.0, "attack_steps": 9, "arch": "resnet50", "base_sha256": "0123456789"}}},
         {"dataset": "digits"},  # a copy
     ]
     for index, other in enumerate([{}, *others]):  # only the second is of the same kind as the first
-        folder = tmp_path / "runs" / str(index)
+        folder = tmp_path / "runs" / f"{index:x}"
         folder.mkdir(parents=True)
         (folder / "result.json").write_text(json.dumps(RESULT | other))
     return tmp_path / "runs"
@@ -53,6 +54,7 @@ def results(tmp_path):
 def test_the_table_puts_seeds_together_beside_the_papers_numbers(results, command, capsys, tmp_path):
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "runs").symlink_to(results)
+    (tmp_path / "linked" / "again").symlink_to(tmp_path)
     command(study.main, "--work-path", tmp_path / "linked", results / "0", "--plot", tmp_path / "curves.png")
     assert capsys.readouterr().out.splitlines()[2:] == [
         "| cifar10 | vgg19 | basic | plain | no manifest | 2 | 2 | 29.00 ± 1.41 | 29.00 ± 0.00 | 93.00 ± 0.00 "
@@ -61,10 +63,12 @@ def test_the_table_puts_seeds_together_beside_the_papers_numbers(results, comman
         "| 28.77 / 93.58 |",
         "| cifar10 | vgg19 | basic | plain, locked_train_image other | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 "
         "| 28.77 / 93.58 |",
+        "| cifar10 | vgg19 | basic | plain, eval_freq 5 | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 "
+        "| 28.77 / 93.58 |",
         "| cifar10 | vgg19 | basic | plain, train_on original | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
         "| cifar10 | vgg19 | basic | plain | resnet50 0123456, eps 2, 9 steps | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
         "| cifar10 | vgg19 | basic | jpeg10 | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
-        "| cifar10 | vgg19 | basic | a$x_{/ | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
+        "| cifar10 | vgg19 | basic | a$x_{/$ | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
         "| cifar10 | vgg19 | horiz alpha 0.3 | plain | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
         "| digits | vgg19 | basic | plain | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
     ]
@@ -131,6 +135,8 @@ def test_mistakes(results, user_error, tmp_path):
     assert "--train_on: --variant control sets it" in user_error(
         study.main, "--run", "--work-path", "a", "--variant", "plain", "control", "--train_on=locked"
     )
+    mixup = ["--variant", "mixup", "--lock-data", "mixup"]  # the second one is a folder
+    assert "1 of 1 runs failed" in user_error(study.main, "--run", "--work-path", tmp_path / "none", *mixup)
     for content in ("{}", "[]", "{", json.dumps({**RESULT, "config": 3}), json.dumps({**RESULT, "history": None}),
                     json.dumps({**RESULT, "history": []}),
                     json.dumps({**RESULT, "name": None}), json.dumps({**RESULT, "alpha": "x"})):  # fmt: skip

@@ -4,9 +4,11 @@ import errno
 import io
 import os
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
+from filelock import FileLock
 
 import data
 import lockfiles
@@ -15,7 +17,7 @@ import train
 from data import to_uint8
 from lockfiles import Paths, load_locked, load_whole
 from tests.conftest import Malicious
-from utils import UserError, printable, run_command, write_file
+from utils import UserError, exclusive, printable, run_command, sync_folder, write_file
 
 IMAGES = torch.arange(5 * 3 * 4 * 4).remainder(256).to(torch.uint8).view(5, 3, 4, 4)
 LABELS = torch.tensor([3, 1, 4, 1, 5])
@@ -127,6 +129,29 @@ def test_letters_that_the_output_has_not(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
     run_command(lambda: print("фото", flush=True))
     assert sys.stdout.buffer.getvalue() == b"\\u0444\\u043e\\u0442\\u043e\n"
+
+
+def test_a_folder_that_cannot_be_brought_to_the_disk(tmp_path, monkeypatch):
+    """Some network file systems say so of every one; any other error is one."""
+    for number, wrong in {errno.EINVAL: False, errno.EIO: True}.items():
+
+        def fail(descriptor, number=number):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(OSError) if wrong else nullcontext():
+            sync_folder(tmp_path)
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    for number, wrong in {errno.ENOLCK: False, errno.EACCES: True}.items():
+
+        def fail(lock, timeout, number=number):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(FileLock, "acquire", fail)
+        with pytest.raises(OSError) if wrong else nullcontext(), exclusive(tmp_path):
+            assert "cannot keep two processes apart" in capsys.readouterr().out
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):

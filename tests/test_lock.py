@@ -153,6 +153,8 @@ def test_report():
         "likeness PSNR 41.00 dB, SSIM 0.9000, 1 images unchanged "
         "WEAK: many attacks miss their target: raise --eps and --attack-lr, or --attack-steps"
     )
+    nine_of_ten = {name: torch.tensor([0.0] + [1.0] * 9) for name in measured}
+    assert not list(lock.weaknesses(shards.summarize({**nine_of_ten, "to_true": torch.zeros(10)}, "basic")))
     strong = {**measured, "T1": torch.ones(4)}
     assert not list(lock.weaknesses(shards.summarize(strong, "basic")))
     blind = {**strong, "base": torch.zeros(4)}

@@ -149,6 +149,7 @@ def test_a_manifest_that_no_lock_writes(locked, user_error, change):
 
 def test_verify_finds_what_does_not_belong_there(place, locked, command, user_error, capsys):
     command(lock.main, *lock_flags(place, locked), "--format", "png")
+    (locked / "basic" / ".DS_Store").touch()  # macOS leaves it behind where somebody looked
     (locked / "train" / "0").mkdir(parents=True)
     wrong = {
         locked / "basic" / "train" / "0" / "more.png": lambda path: path.write_bytes(b"more"),
@@ -168,6 +169,7 @@ def test_overwriting_never_replaces_the_originals(place, locked, user_error, com
     flags = [*lock_flags(place, locked), "--format", "png", "--eps", 0.7, "--overwrite"]
     line = user_error(lock.main, *flags, "--dataset", "folder", "--orig-data", locked / "basic")
     assert "what is handed out and the originals in" in line
+    assert "and the originals in" in user_error(lock.main, *flags, "--orig-data", locked / "basic" / "train")
     for split in data.SPLITS:
         (locked / "basic" / f"{split}.sha256").unlink()
     assert f"{locked}/basic exists, and is not of a lock" in user_error(lock.main, *flags)

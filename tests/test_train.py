@@ -311,6 +311,16 @@ def test_a_checkpoint_of_something_else(tmp_path):
         train.read_checkpoint(tmp_path / "ckpt.pth.tar", log=print)
 
 
+def test_a_run_that_comes_from_a_cpu_draws_anew_on_a_gpu(monkeypatch, tmp_path):
+    config, seeds, learner = config_of(tmp_path, MINIMAL, seed="5"), [], learner_of(nn.Linear(1, 1), lr=0)
+    state = train.snapshot(learner, 3, [], config, "")
+    assert state["cuda_rng"] is None
+    monkeypatch.setattr(train, "on_gpu", lambda learner: True)
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeds.append)
+    train.restore(state, learner, config, "")
+    assert seeds == [8]
+
+
 def test_the_best_checkpoint_is_written_first(tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(train, "write_file", lambda path, content: written.append(path.name))
