@@ -14,9 +14,9 @@ class Compiled:
     """A function of images [N, C, H, W], compiled by torch.compile for full batches with gradients enabled.
 
     Batches of another size, such as the last one of a data set, and those without gradients go through the function
-    itself: compiling once more would take longer than that. Where torch.compile fails, it
-    says so once, and everything goes through the function. Given to a module in place of its forward, it leaves all
-    else about the module as it is. Options go to torch.compile.
+    itself: compiling once more would take longer than that. Where torch.compile fails, it says so once, and everything
+    goes through the function. Given to a module in place of its forward, it leaves all else about the module as it is.
+    Options go to torch.compile.
     """
 
     def __init__(self, function, batch_size, say=print, **options):

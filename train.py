@@ -79,6 +79,7 @@ class Learner(NamedTuple):
 
 
 def on_gpu(learner):
+    """Whether a Learner's model is on a GPU."""
     return next(learner.model.parameters()).is_cuda
 
 
@@ -616,8 +617,8 @@ def run(args, config, data, manifest, folder, suffix):
     utils.make_folder(checkpoint.parent)
     data_hash = fingerprint(data)
     learner, done, history = start_or_resume(args.resume, model, config, folder, checkpoint, data_hash, log)
-    evaluated = history and history[-1]["epoch"] == config.epochs
-    if evaluated and is_finished(folder / "result.json", done):  # not written again, nor any curve
+    evaluated = history[-1]["epoch"] if history else 0  # the last epoch that was
+    if evaluated == config.epochs and is_finished(folder / "result.json", done):  # not written again, nor any curve
         log(outcome(summary(config, suffix, args.name, history)))
         return
     writers = open_writers(folder, done + 1)

@@ -235,8 +235,8 @@ def place_in_table(group):
 def paper_accuracies(result):
     """The paper's accuracies for a result's model and method; None where it has none, or where eps or the training
     are not the paper's."""
-    config, ours, lock = flatten(result["config"]), flatten(CONFIG), result["lock"]
-    plain = all(config.get(key, ours[key]) == ours[key] for keys in VARIANTS.values() for key in keys)
+    config, defaults, lock = flatten(result["config"]), flatten(CONFIG), result["lock"]
+    plain = all(config.get(key, defaults[key]) == defaults[key] for keys in VARIANTS.values() for key in keys)
     if result["dataset"] != "cifar10" or result["name"] or not plain or (lock and lock["settings"]["eps"] != 0.5):
         return None
     return PAPER.get((result["architecture"], result["method"]))
@@ -361,8 +361,9 @@ def parse_arguments():
         raise UserError(f"unknown flag {rest[0]}; flags of train.py go with --run")
     if args.run and args.work_path == ["experiments"]:
         raise UserError("--run needs --work-path: the folders of the experiments to run")
+    flags = [given.partition("=")[0] for given in rest if given.startswith("--")]
     for flag in ("--name", "--resume", "--overwrite"):
-        if any(flag == given.partition("=")[0] for given in rest):
+        if flag in flags:
             raise UserError(
                 f"{flag}: --run names its runs by variant, and goes on with them; leave it out (a run whose folder you "
                 "delete starts again)"
@@ -370,7 +371,7 @@ def parse_arguments():
     for name, known in {"lock_method": METHODS, "variant": VARIANTS, "seed": [], "work_path": []}.items():
         given = getattr(args, name)
         setattr(args, name, list(known) if known and "all" in given else list(dict.fromkeys(given)))
-    for flag in (given.partition("=")[0] for given in rest if given.startswith("--")):
+    for flag in flags:
         variant = next((name for name in args.variant if flag.removeprefix("--") in VARIANTS[name]), None)
         if variant:
             raise UserError(f"{flag}: --variant {variant} sets it; leave it out, or use train.py with a --name")
