@@ -53,6 +53,7 @@ def test_to_uint8_rounds_to_nearest():
     assert to_uint8(torch.tensor([0.0, 0.49 / 255, 0.51 / 255, 1.0])).tolist() == [0, 0, 1, 255]
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse")  # as an error, it would refuse before we do
 @pytest.mark.parametrize(
     "images, labels, message",
     [
