@@ -46,7 +46,7 @@ KEYS = {
     "workers": Key(4, "accepted, not used: images stay on the device"),
     "seed": Key(0, "seed of weights, order and augmentation", 0, MAX_SEED),
     "precision": Key("auto", "auto (as begun, or half precision where that is faster), float32, bfloat16 or float16"),
-    "compile": Key("auto", "auto (on a GPU), always or never: torch.compile, and on a GPU a CUDA graph of the step"),
+    "compile": Key("auto", "auto (long runs on a GPU), always, never: torch.compile; on a GPU also a CUDA graph"),
     "optimize.momentum": Key(0.9, "momentum of SGD", 0, 1),
     "optimize.weight_decay": Key(1e-4, "weight decay of SGD", 0, MANY),
     "optimize.nesterov": Key(True, "Nesterov's momentum"),
@@ -101,7 +101,7 @@ def load_config(path, overrides):
         raise UserError(f"{path}: no such file; the work path is a folder with a config.yaml")
     try:
         content = yaml.load(Path(path).read_bytes(), Loader)
-    except (OSError, yaml.YAMLError, RecursionError) as error:
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of 2024-02-30, say
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected keys and values, like 'epochs: 250'")
@@ -145,7 +145,7 @@ def parse_value(text):
     """The YAML value of a flag, or the text itself where it is no YAML."""
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         return text
 
 

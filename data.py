@@ -133,11 +133,21 @@ def check_names(names, classes, where, fold=str):
         raise UserError(f"{where}: two images or folders would be named {twice}, capitals aside; rename one")
 
 
+class VisibleFolder(ImageFolder):
+    """torchvision's ImageFolder, but a hidden folder, such as Jupyter's .ipynb_checkpoints, is not a class."""
+
+    def find_classes(self, directory):
+        classes = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+        if not classes:
+            raise FileNotFoundError("all that it holds is hidden")
+        return classes, {name: index for index, name in enumerate(classes)}
+
+
 def list_images(folder):
-    """torchvision's ImageFolder, of PNG and JPEG; raises UserError for any other file that is not hidden."""
+    """An ImageFolder of PNG and JPEG; raises UserError for any other file that is not hidden."""
 
     def is_image(path):
-        if Path(path).name.startswith("."):
+        if any(part.startswith(".") for part in Path(path).relative_to(folder).parts):
             return False
         if Path(path).suffix.lower() not in (".png", ".jpg", ".jpeg"):
             raise UserError(f"{path}: is neither PNG nor JPEG; convert it, or take it away")
@@ -149,7 +159,7 @@ def list_images(folder):
     if loose:
         raise UserError(f"{loose}: lies beside the folders of the classes; move it into one, or take it away")
     try:
-        return ImageFolder(str(folder), is_valid_file=is_image)
+        return VisibleFolder(str(folder), is_valid_file=is_image)
     except FileNotFoundError as error:  # no class, or one without images
         raise UserError(f"{folder}: expected a folder of images for each class; {first_line(error)}") from error
 

@@ -58,12 +58,11 @@ def measure(classifier, images, locked, labels, targets):
     }
 
 
-def lock_batch(classifier, surrogate, images, labels, maps, targets_from, methods, args, on_step):
+def lock_batch(classifier, surrogate, images, labels, maps, split, methods, args, on_step):
     """Lock images uint8 [N, 3, H, W] with labels int64 [N] by each of the methods, attacking each target map once.
 
-    The surrogate is what is attacked; the classifier, which it stands for, predicts and measures. Targets are computed
-    from the "labels" or the "predictions", as targets_from says. Returns, by method, a pair of the locked images uint8
-    and what was measured, one number an image, by name; all of it on the CPU.
+    The surrogate is what is attacked; the classifier, which it stands for, predicts and measures. Returns, by method, a
+    pair of the locked images uint8 and what was measured, one number an image, by name; all of it on the CPU.
     """
     originals = to_float(images)
     with torch.no_grad():
@@ -71,7 +70,8 @@ def lock_batch(classifier, surrogate, images, labels, maps, targets_from, method
         if not surrogate(originals).isfinite().all():
             remedy = "" if args.precision == "float32" else "choose --precision float32, or "
             raise UserError(f"the base classifier gives NaN or infinity: {remedy}train it again")
-    classes = {"labels": labels, "predictions": predictions}[targets_from]
+    # what the classifier predicts, on the test set: so that an image without a label can be locked too
+    classes = labels if split == "train" else predictions
     targets, attacked, reached = {}, {}, {}
     for name in attacks_of(methods):
         targets[name] = torch.tensor(maps[name], device=images.device)[classes]
@@ -96,10 +96,8 @@ def lock_batch(classifier, surrogate, images, labels, maps, targets_from, method
 def lock_split(classifier, surrogate, images, labels, maps, split, locks, args, device, ranks):
     """Lock a split, one batch a rank at a time; writes a shard for each batch and method that has none yet.
 
-    locks gives the Paths of each method. The target is computed from the true label on the training set, and on
-    the test set from what the base classifier predicts, so that an image without a label can be locked too.
+    locks gives the Paths of each method.
     """
-    targets_from = "labels" if split == "train" else "predictions"
     batches = {start: slice(start, start + args.batch_size) for start in range(0, len(images), args.batch_size)}
     todo = list(ranks.on_rank0(shards.missing, locks, split, batches).items())
     if not todo:
@@ -123,9 +121,7 @@ def lock_split(classifier, surrogate, images, labels, maps, split, locks, args, 
                 start, methods = together[ranks.rank]
                 batch, batch_labels = images[batches[start]].to(device), labels[batches[start]].to(device)
                 advance = partial(progress.update, sum(sizes[start] for start, _ in together))
-                results = lock_batch(
-                    classifier, surrogate, batch, batch_labels, maps, targets_from, methods, args, advance
-                )
+                results = lock_batch(classifier, surrogate, batch, batch_labels, maps, split, methods, args, advance)
             made = ranks.gather((results, utils.environment(device)))
             ranks.on_rank0(shards.write_all, locks, split, [start for start, _ in together], made)
     seconds, count = time.time() - begun, sum(sizes.values())
@@ -184,7 +180,7 @@ def lock_dataset(args):
     classifier = load_classifier(args.resume_path, args.arch, args.dataset, len(classes)).to(device)
     suffixes = {method: lockfiles.lock_suffix(method, args.alpha, args.lambd) for method in args.lock_method}
     locks = {method: Paths(args.lock_data, suffix) for method, suffix in suffixes.items()}
-    chosen = ranks.on_rank0(choose, args, locks, classifier, splits["train"].images, device)
+    chosen = ranks.on_rank0(choose, args, locks, classifier, splits, device)
     args.precision, why, args.compile, args.batch_size = chosen
     utils.check_size(classifier, to_float(splits["train"].images[:1]).to(device), f"--arch {args.arch}")
     surrogate = Surrogate(classifier, PRECISIONS[args.precision])
@@ -192,7 +188,11 @@ def lock_dataset(args):
         batch_size = min(args.batch_size, len(splits["train"].labels))
         surrogate.model.forward = Compiled(surrogate.model.forward, batch_size, ranks.say)
     maps, base_sha256 = target_maps(len(classes), args.manual_seed), sha256(Path(args.resume_path).read_bytes())
-    settings = {method: shards.settings_of(method, splits, maps, base_sha256, args) for method in locks}
+    hashes = {
+        split: {"images": lockfiles.hash_tensor(images), "labels": lockfiles.hash_tensor(labels)}
+        for split, (images, labels, *_) in splits.items()
+    }
+    settings = {method: shards.settings_of(method, classes, hashes, maps, base_sha256, args) for method in locks}
     with ExitStack() as stack:
         ranks.on_rank0(stack.enter_context, utils.exclusive(args.lock_data))
         manifests = ranks.on_rank0(shards.prepare, locks, settings, args)
@@ -223,12 +223,18 @@ def write_locks(locks, manifests, settings, splits, args):
         print(describe(paths, manifest))
 
 
-def choose(args, locks, classifier, images, device):
-    """Precision, why, compile, batch size: as the flags say, or as one of the locks has it, or as suits the device."""
+def choose(args, locks, classifier, splits, device):
+    """Precision, why, compile, batch size: as the flags say, or as one of the locks has it, or as suits the device.
+
+    The number of methods does not count, so that each gets the files that it gets alone.
+    """
     begun = {} if args.overwrite else shards.earlier_choices(locks)
     precision, why = utils.pick_precision(args.precision, device, classifier, begun.get("precision"))
-    compile = utils.pick_compile(args.compile, device, begun.get("compile"))
-    return precision, why, compile, args.batch_size or begun.get("batch_size") or default_batch_size(images, device)
+    faster = device.type == "cuda" or (precision == "bfloat16" and utils.has_amx())
+    passes = (args.attack_steps + 1) * sum(len(split.labels) for split in splits.values())
+    compile = utils.pick_compile(args.compile, faster, passes, begun.get("compile"))
+    batch_size = args.batch_size or begun.get("batch_size") or default_batch_size(splits["train"].images, device)
+    return precision, why, compile, batch_size
 
 
 def default_batch_size(images, device):
@@ -341,7 +347,8 @@ def parse_arguments():
         "--compile",
         choices=COMPILE,
         default="auto",
-        help="use torch.compile, which takes about a minute; auto: as begun, or on a GPU (default: %(default)s)",
+        help="use torch.compile, which takes about a minute; auto: as begun, or for a long lock on a GPU or a CPU with "
+        "AMX (default: %(default)s)",
     )
     add(
         "--batch-size",

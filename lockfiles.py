@@ -36,9 +36,11 @@ def parse_suffix(suffix):
     all of it, and no parameters."""
     *percents, method = suffix.split("_")
     try:
-        return method, {name: float(part) / 100 for name, part in zip(parameters_of(method), percents)}
+        parameters = {name: float(part) / 100 for name, part in zip(parameters_of(method), percents)}
+        made = lock_suffix(method, **parameters) == suffix
     except (KeyError, ValueError):
-        return suffix, {}
+        made = False
+    return (method, parameters) if made else (suffix, {})
 
 
 class Paths:

@@ -18,26 +18,26 @@ import lockfiles
 import sealing
 import utils
 from data import SPLITS
-from lockfiles import Paths, hash_tensor, sha256
+from lockfiles import Paths, sha256
 from methods import attacks_of, parameters_of
 from utils import UserError, write_file
 
 # Settings
 
 
-def settings_of(method, splits, maps, base_sha256, args):
-    """All that decides what a lock is. Two locks of the same settings are the same."""
+def settings_of(method, classes, hashes, maps, base_sha256, args):
+    """All that decides what a lock is. Two locks of the same settings are the same.
+
+    hashes are those of the originals, as {split: {"images": SHA-256, "labels": SHA-256}}.
+    """
     return {
         "method": method,
         **{name: getattr(args, name) for name in parameters_of(method)},
         **{name: getattr(args, name) for name in ("eps", "attack_lr", "attack_steps", "batch_size", "manual_seed")},
         **{name: getattr(args, name) for name in ("precision", "compile", "subset")},
         "dataset": data.canonical_name(args.dataset),
-        "classes": splits["train"].classes,
-        "original_sha256": {
-            split: {"images": hash_tensor(images), "labels": hash_tensor(labels)}
-            for split, (images, labels, *_) in splits.items()
-        },
+        "classes": classes,
+        "original_sha256": hashes,
         "arch": args.arch,
         "base_sha256": base_sha256,
         "target_maps": {name: maps[name] for name in attacks_of([method])},

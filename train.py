@@ -13,21 +13,16 @@ import io
 import itertools
 import json
 import math
-import os
 import shlex
 import shutil
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils._pytree import tree_map_only
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from torchvision.utils import make_grid, save_image
@@ -36,19 +31,11 @@ from tqdm import tqdm
 import utils
 from attack import attack
 from augmentation import as_inputs, augment, make_mixer, preprocess
-from config import CONFIG, FREE_ON_RESUME, KEYS, load_config
+from checkpoints import Learner, background, best_of, keep_epoch, on_gpu, read_checkpoint, restore
+from config import FREE_ON_RESUME, KEYS, load_config
 from data import DATASETS, SPLITS, canonical_name, is_plain, to_float
 from graphs import Captured, Compiled
-from lockfiles import (
-    Paths,
-    hash_tensor,
-    load_locked,
-    load_whole,
-    lock_suffix,
-    parse_suffix,
-    serialize,
-    split_path,
-)
+from lockfiles import Paths, hash_tensor, load_locked, lock_suffix, parse_suffix, split_path
 from methods import METHODS
 from models import MODELS
 from utils import PRECISIONS, UserError, flatten, number, write_file
@@ -68,19 +55,6 @@ def learning_rate(config, epoch):
         low, high = schedule.lower_bound, schedule.upper_bound
         factor = (1 - math.tanh(low + (high - low) * t)) / 2
     return schedule.min_lr + (schedule.base_lr - schedule.min_lr) * factor
-
-
-class Learner(NamedTuple):
-    """What training changes; a checkpoint holds the state of each."""
-
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler  # float16 has no room for small gradients; for other precisions it does nothing
-
-
-def on_gpu(learner):
-    """Whether a Learner's model is on a GPU."""
-    return next(learner.model.parameters()).is_cuda
 
 
 def make_model(config, device):
@@ -172,7 +146,7 @@ def evaluate(model, images, labels, config):
     return loss_sum.item() / len(images), 100 * correct.item() / len(images)
 
 
-# Data and checkpoints
+# Data
 
 
 def load_data(config):
@@ -248,119 +222,6 @@ def pictures(originals, locked):
     difference = (0.5 + 10 * (locked - originals)).clamp(0, 1)
     grid = make_grid(torch.cat([originals, locked, difference]), nrow=len(originals), pad_value=1)
     return F.interpolate(grid[None], scale_factor=3)[0]
-
-
-CHECKPOINT_KEYS = {"epoch", *Learner._fields, "history", "config", "data", "rng", "cuda_rng"}
-
-
-def previous(checkpoint):
-    """The path of the checkpoint before the last."""
-    return checkpoint.with_name(checkpoint.name.replace(".pth.tar", "_previous.pth.tar"))
-
-
-def best_of(checkpoint):
-    """The path of the checkpoint that was best on the locked test set."""
-    return checkpoint.with_name(checkpoint.name.replace(".pth.tar", "_best.pth.tar"))
-
-
-def snapshot(learner, epoch, history, config, data_hash):
-    """All that --resume needs, after an epoch, copied to the CPU; history is the list of the evaluations so far.
-
-    History and config are JSON, so that equal states give equal bytes: pickles of equal objects can differ.
-    """
-    state = {
-        "epoch": epoch,
-        **{name: part.state_dict() for name, part in learner._asdict().items()},
-        "history": json.dumps(history),
-        "config": json.dumps(flatten(config)),
-        "data": data_hash,
-        "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state() if on_gpu(learner) else None,
-    }
-    return tree_map_only(torch.Tensor, partial(torch.Tensor.to, device="cpu", copy=True), state)
-
-
-def write_checkpoint(checkpoint, state, is_best):
-    """Write a snapshot as the last checkpoint, and as the best one if it is; that of the epoch before is kept too."""
-    content = serialize(state)
-    if is_best:  # the best first: were it second, a run stopped between the two would never write it
-        write_file(best_of(checkpoint), content)
-    if checkpoint.exists():
-        os.replace(checkpoint, previous(checkpoint))
-    write_file(checkpoint, content)
-
-
-@contextmanager
-def background():
-    """Yields start(function, *args), which waits for the function started before, then runs this one in a thread.
-
-    Leaving the context waits too. What a function raises, the next start raises, or the end of the context.
-    """
-    with ThreadPoolExecutor(1) as thread:
-        last = None
-
-        def start(function, *args):
-            nonlocal last
-            if last:
-                last.result()
-            last = thread.submit(function, *args)
-
-        yield start
-        if last:
-            last.result()
-
-
-def keep_epoch(start, checkpoint, learner, epoch, record, history, config, data_hash):
-    """Add an epoch's record, if it has one, to the history, and start writing its checkpoint: as the best one too,
-    where the locked accuracy is the largest so far."""
-    is_best = record and record["locked_acc"] > max((earlier["locked_acc"] for earlier in history), default=-1)
-    history += [record] if record else []
-    start(write_checkpoint, checkpoint, snapshot(learner, epoch, history, config, data_hash), is_best)
-
-
-def read_checkpoint(checkpoint, log):
-    """The last whole checkpoint, or None where none was written; raises UserError where all of them are damaged."""
-    damaged = None
-    for path in (checkpoint, previous(checkpoint)):
-        if not path.exists():
-            continue
-        try:
-            state = load_whole(path)
-            if not CHECKPOINT_KEYS <= state.keys():
-                raise ValueError("not a checkpoint of train.py")
-        except Exception as error:  # a damaged file fails in many ways; all mean the same here
-            damaged = f"{path}: damaged ({utils.first_line(error)})"
-            log(f"{damaged}; looking for the one before")
-            continue
-        log(f"resumed after epoch {state['epoch']}, from {path}")
-        if damaged:
-            checkpoint.unlink()  # so that it never takes the place of the one before
-        return state
-    if damaged:
-        raise UserError(f"{damaged}, and there is no other; start again with --overwrite")
-    return None
-
-
-def restore(state, learner, config, data_hash):
-    """Bring back what a snapshot holds; raises UserError where it is of another run."""
-    free = FREE_ON_RESUME | ({"epochs"} if config.lr_scheduler.type == "STEP" else set())
-    before = {**flatten(CONFIG), **json.loads(state["config"])}  # keys that are newer than the run had their defaults
-    for key, now in flatten(config).items():
-        if key not in free and before[key] != now:
-            raise UserError(f"--resume: the run was trained with {key} {before[key]}, but it is {now} now; set it back")
-    if state["data"] != data_hash:
-        raise UserError("--resume: the run was trained on other data than the files hold now; start with --overwrite")
-    if state["epoch"] > config.epochs:
-        raise UserError(f"--resume: the run has {state['epoch']} epochs already; it cannot end after {config.epochs}")
-    # only the momentum: lr must stay the tensor that a CUDA graph reads, and the other settings are the config's
-    state["optimizer"]["param_groups"] = learner.optimizer.state_dict()["param_groups"]
-    for name, part in learner._asdict().items():
-        part.load_state_dict(state[name])
-    torch.set_rng_state(state["rng"])
-    if on_gpu(learner) and state["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(state["cuda_rng"])
-    elif on_gpu(learner):  # from a CPU, which keeps no state of it; what ran on a GPU before that drew from the seed
-        torch.cuda.manual_seed(config.seed + state["epoch"])
 
 
 # A run
@@ -575,14 +436,13 @@ def outcome(result):
 def start_or_resume(resume, model, config, folder, checkpoint, data_hash, log):
     """The Learner of a model, how many epochs it has done, and their history: from the last whole checkpoint, if any.
 
-    Sets the config's precision and compile to what auto means. Raises UserError where resuming would lose a run, or
-    where the checkpoints are damaged or of another run.
+    Sets the config's precision to what auto means. Raises UserError where resuming would lose a run, or where the
+    checkpoints are damaged or of another run.
     """
     device = next(model.parameters()).device
     state = read_checkpoint(checkpoint, log) if resume else None
     begun = json.loads(state["config"]) if state else {}
     config.precision, why = utils.pick_precision(config.precision, device, model, begun.get("precision"))
-    config.compile = utils.pick_compile(config.compile, device)
     log(utils.describe_precision(config.precision, why, config.compile))
     learner = make_learner(model, config)
     if state:
@@ -616,6 +476,7 @@ def run(args, config, data, manifest, folder, suffix):
     checkpoint = folder / config.ckpt_path / f"{config.ckpt_name}.pth.tar"
     utils.make_folder(checkpoint.parent)
     data_hash = fingerprint(data)
+    config.compile = utils.pick_compile(config.compile, device.type == "cuda", config.epochs * len(data["train"][1]))
     learner, done, history = start_or_resume(args.resume, model, config, folder, checkpoint, data_hash, log)
     evaluated = history[-1]["epoch"] if history else 0  # the last epoch that was
     if evaluated == config.epochs and is_finished(folder / "result.json", done):  # not written again, nor any curve

@@ -130,20 +130,16 @@ ROBUSTNESS_MODELS = {
 ARCHITECTURES = {**MODELS, **ROBUSTNESS_MODELS}  # a name that both have, as vgg19, is robustness'
 
 
-def build_classifier(arch, num_classes=10):
-    """An untrained classifier of normalised images [N, 3, H, W]; raises UserError where arch is unknown.
+def attacker_model(arch, dataset, num_classes=10):
+    """robustness' AttackerModel of an untrained classifier, on the CPU; dataset is a name in DATASETS.
 
-    The project's own models are wrapped so that they take the arguments that AttackerModel passes.
+    The project's own models are wrapped so that they take its arguments. Raises UserError where arch is unknown.
     """
     utils.check_known(arch, ARCHITECTURES, "--arch")
     model = ARCHITECTURES[arch](num_classes=num_classes)
-    return model if arch in ROBUSTNESS_MODELS else DummyModel(model)
-
-
-def attacker_model(arch, dataset, num_classes=10):
-    """robustness' AttackerModel of an untrained classifier, on the CPU; dataset is a name in DATASETS."""
+    model = model if arch in ROBUSTNESS_MODELS else DummyModel(model)
     mean, std = (torch.tensor(values) for values in (DATASETS[dataset].mean, DATASETS[dataset].std))
-    return AttackerModel(build_classifier(arch, num_classes), types.SimpleNamespace(mean=mean, std=std))
+    return AttackerModel(model, types.SimpleNamespace(mean=mean, std=std))
 
 
 # What a pickled numpy number consists of: robustness' cyclic and linear schedules leave some in a checkpoint.
@@ -237,11 +233,20 @@ def robustness_main():
     return main
 
 
+# What --help says of a flag where robustness' own words are not true here.
+HELP = {
+    "arch": f"architecture: {', '.join(ARCHITECTURES)}",
+    "workers": "accepted, not used: images are on the device",
+    "mixed-precision": "does not work in robustness 1.2.1: see --precision",
+}
+
+
 def parse_arguments(main):
     """robustness' flags, checked and filled in with its defaults, as its own Parameters."""
     defaults, parser = main.defaults, utils.Parser(__doc__)
     for group in (defaults.CONFIG_ARGS, defaults.MODEL_LOADER_ARGS, defaults.TRAINING_ARGS, defaults.PGD_ARGS):
-        defaults.add_args_to_parser(group, parser)
+        flags = [[name, kind, HELP.get(name, text), default] for name, kind, text, default in group]
+        defaults.add_args_to_parser(flags, parser)
     parser.add_argument(
         "--manual-seed", type=utils.parse_seed, default=23, help="seed of everything drawn (default: 23)"
     )
@@ -255,7 +260,7 @@ def parse_arguments(main):
         "--compile",
         choices=COMPILE,
         default="auto",
-        help="use torch.compile, but not with adversarial examples; auto: on a GPU (default: auto)",
+        help="use torch.compile, but not with adversarial examples; auto: for a long training on a GPU (default: auto)",
     )
     given = parser.parse_args()
     try:
@@ -397,13 +402,17 @@ def report(store, adversarial):
         print(f"No epoch was better than the checkpoint resumed from: {path} was not written")
 
 
-def speed_up(network, args, device):
-    """Let a network of AttackerModel compute in the precision, compiled where so asked for; all else of it stays."""
+def speed_up(network, args, device, passes):
+    """Let a network of AttackerModel compute in the precision, and compiled, as the flags say; all else of it stays.
+
+    passes is how many images go through it in training, each time counted.
+    """
     precision, why = utils.pick_precision(args.precision, device, network)
     if precision == "float16":
         precision, why = "float32", "robustness does not scale the loss, as float16 needs it"
     # compiled, every step of robustness' attack would take the weights' gradients too
-    compile = "never" if args.adv_train or args.adv_eval else utils.pick_compile(args.compile, device)
+    compile = utils.pick_compile(args.compile, device.type == "cuda", passes)
+    compile = "never" if args.adv_train or args.adv_eval else compile
     print(utils.describe_precision(precision, why, compile))
     network.to(memory_format=torch.channels_last)
     if compile == "always":
@@ -456,7 +465,7 @@ def train():
         else:
             augment = AUGMENTATION[args.dataset] if args.data_aug else to_float
             loaders = Batches(train_split, device, args.batch_size, augment, shuffle=True), test_batches
-            speed_up(model.model, args, device)
+            speed_up(model.model, args, device, args.epochs * len(train_split.labels))
             # one GPU: the copies for others would call the forward that is bound to the first one's weights
             gpus = [device.index] if device.type == "cuda" else None
             main.train_model(args, model.to(device), loaders, store=store, checkpoint=checkpoint, dp_device_ids=gpus)

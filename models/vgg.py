@@ -4,13 +4,8 @@ from torch import nn
 
 from models.layers import init_he
 
-# Channels of the 3x3 convolutions in each of the five stages; a 2x2 max pooling ends a stage.
-STAGES = {
-    11: ((64,), (128,), (256, 256), (512, 512), (512, 512)),
-    13: ((64, 64), (128, 128), (256, 256), (512, 512), (512, 512)),
-    16: ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)),
-    19: ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4),
-}
+# How many 3x3 convolutions each of the five stages has; a 2x2 max pooling ends a stage.
+STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 
 
 class VGG(nn.Module):
@@ -19,8 +14,8 @@ class VGG(nn.Module):
     def __init__(self, depth, num_classes=10):
         super().__init__()
         layers, in_channels = [], 3
-        for stage in STAGES[depth]:
-            for out_channels in stage:
+        for count, out_channels in zip(STAGES[depth], (64, 128, 256, 512, 512)):
+            for _ in range(count):
                 layers += [
                     nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1),
                     nn.BatchNorm2d(out_channels),

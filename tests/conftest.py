@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import checkpoints
 import lock
 import train
 import utils
@@ -82,7 +83,7 @@ def place(tmp_path_factory):
             main()
 
         run(base.train, "--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8",
-            "--out-dir", place, "--exp-name", "base", "--epochs", 2)  # fmt: skip
+            "--out-dir", place, "--exp-name", "base", "--epochs", 2, "--precision", "float32")  # fmt: skip
         run(lock.main, *lock_flags(place), "--lock-method", "basic", "horiz")
     work = place / "preresnet8"
     work.mkdir()
@@ -139,7 +140,19 @@ def new_learner(config, device="cpu"):
     return train.make_learner(train.make_model(config, torch.device(device)), config)
 
 
-def config_of(tmp_path, text, **overrides):
+def config_of(tmp_path, text=MINIMAL, **overrides):
     """The config of a file with this text."""
     (tmp_path / "config.yaml").write_text(text)
     return load_config(tmp_path / "config.yaml", overrides)
+
+
+def learner_of(model, lr):
+    """A Learner of the model by plain SGD, in float32."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(float(lr)), fused=True)
+    return checkpoints.Learner(model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+
+
+def two_tones(n, labels):
+    """n images, black and white by turns, with the labels given by turns."""
+    images = torch.tensor([0, 255] * (n // 2), dtype=torch.uint8)[:, None, None, None].expand(n, 3, 4, 4)
+    return images, torch.tensor(labels * (n // 2))

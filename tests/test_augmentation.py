@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torchvision.transforms.v2 import functional
 
 import augmentation
-from tests.conftest import MINIMAL, config_of
+from tests.conftest import config_of
 
 
 def test_random_crop_cuts_out_of_the_padded_image():
@@ -69,19 +69,19 @@ def test_mixup_and_cutmix(tmp_path):
     """What they do to images, whose pixels are all the number of the image, they do to the targets."""
     images = torch.arange(6.0)[:, None, None, None].expand(6, 3, 8, 8)
     for key in ("mixup", "cutmix"):
-        config = config_of(tmp_path, MINIMAL, **{key: "True"})
+        config = config_of(tmp_path, **{key: "True"})
         mixed, targets = augmentation.make_mixer(config)(images, torch.arange(6))
         torch.testing.assert_close(targets.sum(1), torch.ones(6))
         torch.testing.assert_close(mixed.mean((1, 2, 3)), targets @ torch.arange(10.0))
         assert (mixed == images).any() == (key == "cutmix")
-    assert augmentation.make_mixer(config_of(tmp_path, MINIMAL)) is None
+    assert augmentation.make_mixer(config_of(tmp_path)) is None
 
 
 def test_preprocessing(tmp_path):
     images = torch.randint(256, (4, 3, 16, 12), dtype=torch.uint8)
 
     def preprocessed(key, value, images=images):
-        return augmentation.preprocess(images, config_of(tmp_path, MINIMAL, **{f"preprocess.{key}": value}))
+        return augmentation.preprocess(images, config_of(tmp_path, **{f"preprocess.{key}": value}))
 
     assert torch.equal(preprocessed("bits", "8"), images)
     assert torch.equal(preprocessed("bits", "2"), images // 64 * 64)
@@ -104,9 +104,9 @@ def test_preprocessing(tmp_path):
 
 def test_normalize_does_what_it_says(tmp_path):
     images = torch.full((1, 3, 2, 2), 51, dtype=torch.uint8)
-    plain = config_of(tmp_path, MINIMAL)
+    plain = config_of(tmp_path)
     torch.testing.assert_close(augmentation.as_inputs(images, plain), torch.full((1, 3, 2, 2), 0.2))
-    normal = config_of(tmp_path, MINIMAL, **{"augmentation.normalize": "True"})
+    normal = config_of(tmp_path, **{"augmentation.normalize": "True"})
     torch.testing.assert_close(
         augmentation.as_inputs(images, normal)[0, :, 0, 0], torch.tensor([-1.4405, -1.4153, -1.2264]), atol=1e-4, rtol=0
     )
@@ -115,10 +115,10 @@ def test_normalize_does_what_it_says(tmp_path):
 def test_augment_does_what_the_config_says(tmp_path):
     images = torch.randint(1, 256, (60, 3, 8, 8), dtype=torch.uint8)
     off = {f"augmentation.{name}": "False" for name in ("random_crop", "random_horizontal_filp", "cutout")}
-    plain = augmentation.augment(images, config_of(tmp_path, MINIMAL, **off))
+    plain = augmentation.augment(images, config_of(tmp_path, **off))
     assert torch.equal(plain, images / 255)
     for name in off:
-        alone = augmentation.augment(images, config_of(tmp_path, MINIMAL, **off | {name: "True"}))
+        alone = augmentation.augment(images, config_of(tmp_path, **off | {name: "True"}))
         assert not torch.equal(alone, plain)
         flips = (alone == plain.flip(-1)).all(dim=(1, 2, 3)).any()
         assert flips == (name == "augmentation.random_horizontal_filp")

@@ -147,7 +147,7 @@ def test_what_makes_it_fast_leaves_a_network_the_same(compiles):
     seen = []
     fast.model.conv1.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     args = Namespace(precision="bfloat16", compile="always", batch_size=2, adv_train=0, adv_eval=0)
-    speed_up(fast.model, args, torch.device("cpu"))
+    speed_up(fast.model, args, torch.device("cpu"), passes=1)
     assert fast.state_dict().keys() == plain.state_dict().keys()
     images = torch.rand(2, 3, 32, 32)
     ((expected, features), _), ((logits, same_features), _) = (
@@ -172,7 +172,7 @@ def test_only_digits_are_not_mirrored():
 def test_what_adversarial_training_leaves_out(monkeypatch, capsys):
     monkeypatch.setattr(base, "Compiled", lambda *_, **__: pytest.fail("compiled"))
     args = Namespace(precision="float32", compile="always", batch_size=2, adv_train=1, adv_eval=0)
-    speed_up(nn.Conv2d(3, 2, 3), args, torch.device("cpu"))
+    speed_up(nn.Conv2d(3, 2, 3), args, torch.device("cpu"), passes=1)
     assert "compiled" not in capsys.readouterr().out
 
 

@@ -85,7 +85,7 @@ def test_shipped_configs(path):
 
 def test_overrides(tmp_path):
     overrides = {"epochs": "7", "lr_scheduler.lr_epochs": "[2, 4]", "optimize.weight_decay": "5e-4", "ckpt_name": "1e3"}
-    config = config_of(tmp_path, MINIMAL, **overrides)
+    config = config_of(tmp_path, **overrides)
     assert (config.epochs, config.lr_scheduler.lr_epochs) == (7, [2, 4])
     assert (config.optimize.weight_decay, config.ckpt_name) == (5e-4, "1e3")
     assert CONFIG["epochs"] == 250 and CONFIG["lr_scheduler"]["lr_epochs"] == [100, 150, 200]
@@ -107,6 +107,7 @@ def test_overrides(tmp_path):
         ("{dataset: cifar10, orig_data_path: ./data}", "config.yaml: the key 'architecture' is missing"),
         ("architecture", "config.yaml: expected keys and values"),
         ("a: [", "config.yaml: cannot be read"),
+        (MINIMAL[:-1] + ", ckpt_name: 2024-02-30}", "config.yaml: cannot be read .day is out of range"),
         (
             "epochs: 1\noptimize: {momentum: 0.9}\nepochs: 2",
             "config.yaml: cannot be read .epochs is given twice .*line 3",
@@ -128,6 +129,7 @@ def test_mistakes_in_a_config(tmp_path, text, message):
         ("dataset", "cifar100", "dataset: unknown name 'cifar100'; known are"),
         ("lr_scheduler.type", "COS", "lr_scheduler.type: unknown name 'COS'; known are STEP, COSINE, HTD"),
         ("epochs", "0", "--epochs is 0"),
+        ("epochs", "2024-02-30", "--epochs: expected a whole number, found '2024-02-30'"),
         ("optimize.momentum", "0", "nesterov needs a momentum"),
         ("optimize.weight_decay", "-1", "optimize.weight_decay is -1.0"),
         ("lr_scheduler.base_lr", ".nan", "lr_scheduler.base_lr is nan"),
@@ -138,4 +140,4 @@ def test_mistakes_in_a_config(tmp_path, text, message):
 )
 def test_values_that_a_config_cannot_have(tmp_path, key, value, message):
     with pytest.raises(UserError, match=message):
-        config_of(tmp_path, MINIMAL, **{key: value})
+        config_of(tmp_path, **{key: value})

@@ -17,7 +17,7 @@ import utils
 from experiments import __main__ as study
 from methods import METHODS
 from models import MODELS
-from tests.conftest import MINIMAL, config_of
+from tests.conftest import config_of
 from utils import flatten
 
 RESULT = {
@@ -210,7 +210,7 @@ def test_an_interrupt_ends_what_is_running_and_starts_no_more(place, tmp_path):
 
 
 def test_every_variant_is_one_that_train_knows(tmp_path):
-    plain = flatten(config_of(tmp_path, MINIMAL))
+    plain = flatten(config_of(tmp_path))
     for name, keys in study.VARIANTS.items():
-        changed = flatten(config_of(tmp_path, MINIMAL, **{key: str(value) for key, value in keys.items()}))
+        changed = flatten(config_of(tmp_path, **{key: str(value) for key, value in keys.items()}))
         assert [key for key in changed if changed[key] != plain[key]] == list(keys), name

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoints
 import data
 import lock
 import train
@@ -188,7 +189,7 @@ def test_a_checkpoint_that_is_cut_short_costs_one_epoch(run, tmp_path):
     assert f"{checkpoint}: damaged" in lines
     assert f"resumed after epoch 1, from {checkpoint.parent}/ckpt_prev" in lines
     checkpoint.write_bytes(b"")
-    assert train.read_checkpoint(checkpoint, log=print)["epoch"] == 2
+    assert checkpoints.read_checkpoint(checkpoint, log=print)["epoch"] == 2
     assert not checkpoint.exists()  # or else it would take the place of the one before, at the next save
     assert finish(train.main, [*flags, "--epochs", 3]) == 0
     other = tmp_path / "undisturbed"

@@ -10,10 +10,10 @@ import pytest
 import torch
 from filelock import FileLock
 
+import checkpoints
 import data
 import lockfiles
 import shards
-import train
 from data import to_uint8
 from lockfiles import Paths, load_locked, load_whole
 from tests.conftest import Malicious
@@ -100,7 +100,7 @@ def test_one_flipped_bit_in_a_shard_or_a_checkpoint_is_noticed(tmp_path):
     paths.partial.mkdir()
     shard, checkpoint = shards.shard_path(paths, "train", 0), tmp_path / "ckpt.pth.tar"
     for path in (shard, checkpoint):
-        content = {"of": shard.name, "locked": IMAGES, **dict.fromkeys(train.CHECKPOINT_KEYS, 1)}
+        content = {"of": shard.name, "locked": IMAGES, **dict.fromkeys(checkpoints.CHECKPOINT_KEYS, 1)}
         torch.save(content, path)
         assert torch.equal(load_whole(path)["locked"], IMAGES)
         content = bytearray(path.read_bytes())
@@ -109,7 +109,7 @@ def test_one_flipped_bit_in_a_shard_or_a_checkpoint_is_noticed(tmp_path):
         assert not torch.equal(torch.load(path)["locked"], IMAGES)
     assert shards.read_shard(paths, "train", 0) is None and shards.missing({"basic": paths}, "train", [0])
     with pytest.raises(UserError, match="ckpt.pth.tar: damaged"):
-        train.read_checkpoint(checkpoint, log=print)
+        checkpoints.read_checkpoint(checkpoint, log=print)
 
 
 def test_nothing_in_a_shard_or_a_checkpoint_runs(tmp_path):
@@ -119,7 +119,7 @@ def test_nothing_in_a_shard_or_a_checkpoint_runs(tmp_path):
     assert shards.read_shard(paths, "train", 0) is None
     torch.save({"epoch": Malicious()}, tmp_path / "ckpt.pth.tar")
     with pytest.raises(UserError, match="ckpt.pth.tar: damaged"):
-        train.read_checkpoint(tmp_path / "ckpt.pth.tar", log=print)
+        checkpoints.read_checkpoint(tmp_path / "ckpt.pth.tar", log=print)
 
 
 def test_what_a_message_says_stays_on_its_line():

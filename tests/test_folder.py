@@ -32,6 +32,8 @@ def folder(tmp_path):
     for name in ("train/cat/b.png", "train/cat/a.PNG", "train/dog/c.png", "test/cat/d.png", "test/dog/e.png"):
         write(tmp_path, name)
     (tmp_path / "train" / "cat" / ".hidden").touch()
+    for name in ("train/.ipynb_checkpoints/a.png", "train/cat/.ipynb_checkpoints/a.png"):
+        write(tmp_path, name)
     return tmp_path
 
 
@@ -75,6 +77,10 @@ def test_a_jpeg_is_turned_upright(folder):
         (lambda f: (f / "test/cat/f.png").write_bytes(b"no image"), "f.png: cannot be read as PNG or JPEG"),
         (lambda f: (f / "test/dog/e.png").unlink(), "test: expected a folder of images for each class"),
         (lambda f: (f / "test").rename(f / "val"), "test: no such folder; images go into .*test/<class>/"),
+        (
+            lambda f: [(f / "test" / name).rename(f / "test" / f".{name}") for name in ("cat", "dog")],
+            "test: expected a folder of images for each class; all that it holds is hidden",
+        ),
         (lambda f: write(f, "test/f.png"), "test/f.png: lies beside the folders of the classes"),
         (lambda f: write(f, "train/cow/f.png"), "test: lacks the classes cow, which .*train has"),
     ],

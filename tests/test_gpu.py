@@ -12,7 +12,7 @@ import utils
 from attack import attack
 from graphs import Captured, Compiled
 from models.base import Surrogate
-from tests.conftest import MINIMAL, config_of, small_classifier
+from tests.conftest import config_of, small_classifier
 from tests.test_graphs import train_some
 from utils import PRECISIONS
 
@@ -35,7 +35,7 @@ def difference(ours, theirs):
 def test_training_is_the_plain_one(device, tmp_path, keys, way):
     """One epoch of five full batches, two of which are replayed, and a smaller one: the way from the first weights."""
     keys = {"architecture": "preresnet8", "batch_size": "8", "precision": "float32"} | keys
-    config, compiled = config_of(tmp_path, MINIMAL, **keys), config_of(tmp_path, MINIMAL, **keys, compile="always")
+    config, compiled = config_of(tmp_path, **keys), config_of(tmp_path, **keys, compile="always")
     start, _ = train_some(config, epochs=0, device=device)
     plain, (expected,) = train_some(config, epochs=1, device=device)
     fast, (found,) = train_some(

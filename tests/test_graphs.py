@@ -18,7 +18,7 @@ import lockfiles
 import train
 from graphs import Captured, Compiled
 from lockfiles import Paths, load_whole
-from tests.conftest import MINIMAL, config_of, lock_flags, new_learner
+from tests.conftest import config_of, lock_flags, new_learner
 from utils import UserError
 
 
@@ -122,7 +122,7 @@ def train_some(config, change=lambda step: step, epochs=3, device="cpu"):
 def test_a_captured_training_is_the_plain_one(no_gpu, tmp_path, keys):
     """Weights, running statistics, momentum, losses and accuracies, bit for bit, over changing learning rates and
     batches of two sizes."""
-    config = config_of(tmp_path, MINIMAL, architecture="preresnet8", batch_size="8", **{"precision": "float32"} | keys)
+    config = config_of(tmp_path, architecture="preresnet8", batch_size="8", **{"precision": "float32"} | keys)
     expected, expected_results = train_some(config)
     steps = []
     state, results = train_some(config, lambda step: steps.append(Captured(step)) or steps[0])
@@ -169,9 +169,9 @@ def test_one_size_is_compiled(compiles):
 
 def test_a_compiled_training_is_the_plain_one(compiles, tmp_path):
     keys = {"architecture": "preresnet8", "precision": "float32", "batch_size": "8"}
-    expected, _ = train_some(config_of(tmp_path, MINIMAL, **keys))
+    expected, _ = train_some(config_of(tmp_path, **keys))
     assert not compiles
-    state, _ = train_some(config_of(tmp_path, MINIMAL, **keys, compile="always"))
+    state, _ = train_some(config_of(tmp_path, **keys, compile="always"))
     assert len(compiles) == 15  # of 18 steps, three with the last four images
     for name, value in expected.items():
         torch.testing.assert_close(torch.as_tensor(state[name]), torch.as_tensor(value))

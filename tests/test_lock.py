@@ -12,6 +12,7 @@ import data
 import lock
 import lockfiles
 import shards
+import utils
 from data import to_float, to_uint8
 from methods import TARGET_MAPS, combine, target_maps
 from ranks import Ranks
@@ -80,6 +81,11 @@ def test_combine_equals_slicing_by_hand():
 def test_suffix(method, alpha, lambd, suffix, parameters):
     assert lockfiles.lock_suffix(method, alpha, lambd) == suffix
     assert lockfiles.parse_suffix(suffix) == (method, parameters)
+
+
+@pytest.mark.parametrize("suffix", ["old_basic", "50_30_20_mixup", "1e400_mixup", "050_horiz", "mixup", "x", ""])
+def test_a_suffix_that_no_lock_has(suffix):
+    assert lockfiles.parse_suffix(suffix) == (suffix, {})
 
 
 def test_suffixes_of_different_locks_differ():
@@ -202,6 +208,40 @@ def test_larger_images_are_attacked_in_smaller_batches():
     assert sizes == [256, 64, 16, 1]
 
 
+@pytest.mark.parametrize("amx", [True, False])
+def test_a_long_lock_is_compiled_where_that_is_faster(amx, monkeypatch):
+    """Long are a million images through the network: 10,000 in both splits, 100 times each."""
+    monkeypatch.setattr(utils, "has_amx", lambda: amx)
+    splits = {
+        split: data.Split(torch.empty(count, 3, 32, 32, device="meta"), torch.zeros(count), [], [])
+        for split, count in {"train": 8000, "test": 2000}.items()
+    }
+    flags = {"overwrite": True, "precision": "auto", "compile": "auto", "batch_size": None}
+
+    def choice(**changes):
+        args = argparse.Namespace(**flags | {"attack_steps": 99} | changes)
+        return lock.choose(args, {}, nn.Conv2d(3, 10, 3), splits, torch.device("cpu"))
+
+    assert choice()[0] == ("bfloat16" if amx else "float32") and choice()[2] == ("always" if amx else "never")
+    assert choice(attack_steps=98)[2] == choice(precision="float32")[2] == choice(compile="never")[2] == "never"
+    assert choice(attack_steps=1, compile="always")[2] == "always"
+
+
+@pytest.mark.parametrize(
+    "choice, picked",
+    [
+        ({"name": "auto", "faster": True, "passes": 10**6}, "always"),
+        ({"name": "auto", "faster": True, "passes": 10**6 - 1}, "never"),
+        ({"name": "auto", "faster": False, "passes": 10**9}, "never"),
+        ({"name": "auto", "faster": True, "passes": 10**9, "begun": "never"}, "never"),
+        ({"name": "auto", "faster": False, "passes": 1, "begun": "always"}, "always"),
+        ({"name": "always", "faster": False, "passes": 1, "begun": "never"}, "always"),
+    ],
+)
+def test_what_auto_means_for_compile(choice, picked):
+    assert utils.pick_compile(**choice) == picked
+
+
 def test_alpha_is_rounded_down():
     a = {name: torch.rand(1, 3, 2, 10) for name in ("T1", "T2")}
     both = combine(a, "horiz", alpha=0.29)
@@ -219,7 +259,7 @@ def measured_of(classifier, surrogate):
     """What lock_batch measures of ten images, one of each class, locked by basic."""
     args = argparse.Namespace(eps=0.5, attack_lr=0.1, attack_steps=1, alpha=0.5, lambd=0.5, precision="bfloat16")
     images, labels = torch.randint(256, (10, 3, 16, 16), dtype=torch.uint8), torch.arange(10)
-    batch = classifier, surrogate, images, labels, target_maps(10, 0), "predictions", ["basic"]
+    batch = classifier, surrogate, images, labels, target_maps(10, 0), "test", ["basic"]
     return lock.lock_batch(*batch, args, lambda: None)["basic"][1]
 
 

@@ -410,9 +410,9 @@ def test_settings_that_are_no_more_differ_too():
         shards.refuse_others("x", {"old": 1, "same": 2}, {"same": 2})
 
 
-@pytest.mark.parametrize("name, value", [("precision", "float32"), ("compile", "never")])
-def test_more_choices_that_no_lock_makes(place, locked, user_error, name, value):
-    path = locked / "lock_basic.json"
+@pytest.mark.parametrize("name", ["precision", "compile"])
+def test_more_choices_that_no_lock_makes(place, locked, user_error, name):
+    path, value = locked / "lock_basic.json", manifest_of(locked)["settings"][name]
     path.write_text(path.read_text().replace(f'"{name}": "{value}"', f'"{name}": "x"'))
     assert f"was made with {name} x, but now it is {value}" in user_error(lock.main, *lock_flags(place, locked))
 

@@ -2,19 +2,16 @@
 
 import copy
 import math
-import threading
-from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from easydict import EasyDict
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 import train
 from config import CONFIG
-from tests.conftest import MINIMAL, config_of, new_learner
+from tests.conftest import config_of, learner_of, new_learner, two_tones
 from utils import PRECISIONS, UserError
 
 
@@ -25,19 +22,13 @@ def float32_config(**keys):
 
 def test_schedules(tmp_path):
     def rates(kind, epochs, *at):
-        config = config_of(tmp_path, MINIMAL, **{"lr_scheduler.type": kind, "epochs": str(epochs)})
+        config = config_of(tmp_path, **{"lr_scheduler.type": kind, "epochs": str(epochs)})
         return [train.learning_rate(config, epoch) for epoch in at]
 
     assert rates("STEP", 250, 0, 99, 100, 149, 150, 200, 249) == pytest.approx([0.1, 0.1, 0.01, 0.01, 1e-3, 1e-4, 1e-4])
     assert rates("COSINE", 100, 0, 50, 100) == pytest.approx([0.1, 0.05, 0])
     assert rates("COSINE", 40, 10) == pytest.approx([0.05 * (1 + math.sqrt(0.5))])
     assert rates("HTD", 90, 0, 60, 90) == pytest.approx([0.1, 0.05, 0.05 * (1 - math.tanh(3))], rel=1e-4)
-
-
-def learner_of(model, lr):
-    """A Learner of the model by plain SGD, in float32."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(float(lr)), fused=True)
-    return train.Learner(model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
 
 
 def test_training_and_evaluation_count_right():
@@ -55,12 +46,6 @@ def test_training_and_evaluation_count_right():
     assert train.evaluate(model, images, 1 - labels, config)[1] == 0
     step = train.make_step(learner_of(model, lr=0), config)
     assert train.train_epoch(step, images, labels, config) == pytest.approx((expected, 100), abs=1e-6)
-
-
-def two_tones(n, labels):
-    """n images, black and white by turns, with the labels given by turns."""
-    images = torch.tensor([0, 255] * (n // 2), dtype=torch.uint8)[:, None, None, None].expand(n, 3, 4, 4)
-    return images, torch.tensor(labels * (n // 2))
 
 
 class Recorder:
@@ -111,7 +96,7 @@ def test_a_precision_is_what_is_computed_in(precision, tmp_path):
     changes, seen = {}, set()
     for name in ("float32", precision):
         torch.manual_seed(0)
-        config = config_of(tmp_path, MINIMAL, architecture="preresnet8", precision=name, batch_size="32")
+        config = config_of(tmp_path, architecture="preresnet8", precision=name, batch_size="32")
         learner = new_learner(config)
         seen.clear()
         for module in learner.model.modules():
@@ -130,55 +115,6 @@ def test_a_precision_is_what_is_computed_in(precision, tmp_path):
         assert changes[name].dtype == torch.float32
     assert seen == {PRECISIONS[precision]}
     assert F.cosine_similarity(changes["float32"], changes[precision], dim=0) > 0.99
-
-
-def test_the_state_of_a_float16_training_is_kept(tmp_path):
-    config = config_of(tmp_path, MINIMAL, architecture="preresnet8", precision="float16")
-    learners = [new_learner(config) for _ in range(2)]
-    images, labels = torch.randint(256, (16, 3, 8, 8), dtype=torch.uint8), torch.arange(16) % 10
-    learners[0].scaler.load_state_dict(learners[0].scaler.state_dict() | {"scale": 2.0**100})  # too much: it is halved
-    train.train_epoch(train.make_step(learners[0], config), images, labels, config)
-    momentum = [state["momentum_buffer"] for state in learners[0].optimizer.state.values()]
-    assert momentum and not any(buffer.any() for buffer in momentum)  # the step was left out
-    train.restore(train.snapshot(learners[0], 1, [], config, "data"), learners[1], config, "data")
-    assert learners[1].scaler.get_scale() == learners[0].scaler.get_scale() == 2.0**99
-    for mine, theirs in zip(learners[0].model.parameters(), learners[1].model.parameters()):
-        assert torch.equal(mine, theirs)
-
-
-def test_a_snapshot_stays_as_it_is_while_training_goes_on(tmp_path):
-    config = config_of(tmp_path, MINIMAL, architecture="preresnet8", precision="float32")
-    learner, images, labels = new_learner(config), *two_tones(16, [0, 1])
-    before = learner.model.fc.weight.detach().clone()
-    snapshots = [train.snapshot(learner, 1, [], config, "data")]
-    for group in learner.optimizer.param_groups:
-        group["lr"].fill_(0.5)
-    train.train_epoch(train.make_step(learner, config), images, labels, config)
-    snapshots.append(train.snapshot(learner, 2, [], config, "data"))
-    assert torch.equal(snapshots[0]["model"]["fc.weight"], before)
-    then, now = ([leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)] for state in snapshots)
-    assert len(now) > 50 and not any(torch.equal(*pair) for pair in zip(then, now, strict=True))
-
-
-def test_what_runs_in_the_background_takes_turns_and_tells_its_errors():
-    done, go_on = [], threading.Event()
-
-    def wait_and_append(value):
-        go_on.wait()
-        done.append(value)
-
-    with train.background() as start:
-        start(wait_and_append, 1)
-        assert done == []  # it did not wait
-        go_on.set()
-        start(done.append, 2)
-        start(done.append, 3)
-    assert done == [1, 2, 3]
-    for later in ([], [partial(done.append, 4)]):
-        with pytest.raises(ZeroDivisionError), train.background() as start:
-            for function in [partial(divmod, 1, 0), *later]:
-                start(function)
-    assert done == [1, 2, 3]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(monkeypatch):
@@ -222,7 +158,7 @@ def test_blended_targets_count_by_their_weight(monkeypatch):
 def test_adversarial_training_trains_on_what_it_led_astray(tmp_path):
     """Each batch is moved as far as the radius allows, to where the loss is larger than on the images themselves."""
     off = {f"augmentation.{name}": "False" for name in ("random_crop", "random_horizontal_filp")}
-    config = config_of(tmp_path, MINIMAL, **off, precision="float32", **{"adversarial.eps": "0.5"})
+    config = config_of(tmp_path, **off, precision="float32", **{"adversarial.eps": "0.5"})
     images, labels = torch.randint(60, 200, (6, 3, 8, 8), dtype=torch.uint8), torch.arange(6)
     model, seen = nn.Sequential(nn.Flatten(), nn.Linear(192, 10), nn.Dropout(0.9)), []
     model.register_forward_hook(lambda model, inputs, output: seen.append((model.training, inputs[0].detach())))
@@ -291,38 +227,7 @@ def test_evaluation_leaves_the_model_as_it_is():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_the_first_of_equally_good_epochs_is_the_best():
-    kept, history, learner = [], [{"locked_acc": 50.0}], learner_of(nn.Linear(1, 1), lr=0)
-    for accuracy in (50.0, 51.0):
-        record = {"locked_acc": accuracy}
-        train.keep_epoch(lambda *args: kept.append(args[-1]), None, learner, 2, record, history, {}, "")
-    assert kept == [False, True]
-
-
 def test_what_a_start_lost_is_not_noted(tmp_path):
     for first in (1, 3, 3):
         starts = train.note_start(tmp_path / "made_with.json", range(first, 6), torch.device("cpu"))
     assert [start["from_epoch"] for start in starts] == [1, 3]
-
-
-def test_a_checkpoint_of_something_else(tmp_path):
-    torch.save({"epoch": 1}, tmp_path / "ckpt.pth.tar")
-    with pytest.raises(UserError, match="ckpt.pth.tar: damaged"):
-        train.read_checkpoint(tmp_path / "ckpt.pth.tar", log=print)
-
-
-def test_a_run_that_comes_from_a_cpu_draws_anew_on_a_gpu(monkeypatch, tmp_path):
-    config, seeds, learner = config_of(tmp_path, MINIMAL, seed="5"), [], learner_of(nn.Linear(1, 1), lr=0)
-    state = train.snapshot(learner, 3, [], config, "")
-    assert state["cuda_rng"] is None
-    monkeypatch.setattr(train, "on_gpu", lambda learner: True)
-    monkeypatch.setattr(torch.cuda, "manual_seed", seeds.append)
-    train.restore(state, learner, config, "")
-    assert seeds == [8]
-
-
-def test_the_best_checkpoint_is_written_first(tmp_path, monkeypatch):
-    written = []
-    monkeypatch.setattr(train, "write_file", lambda path, content: written.append(path.name))
-    train.write_checkpoint(tmp_path / "ckpt.pth.tar", {}, is_best=True)
-    assert written == ["ckpt_best.pth.tar", "ckpt.pth.tar"]

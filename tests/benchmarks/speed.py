@@ -133,13 +133,18 @@ def robustness_attack(model, images, targets, steps):
         return model(images, targets, make_adv=True, **options)
 
 
+def compile_on(device):
+    """The value of the key compile: on a GPU what auto means for long work, on a CPU none that takes longer."""
+    return "always" if device.type == "cuda" else "never"
+
+
 def attack_works(device, precision, size):
     """The lines about locking with a ResNet-50: one target map, and all methods; each counts images times steps."""
-    dtype, compiles = utils.PRECISIONS[precision], utils.pick_compile("auto", device) == "always"
+    dtype = utils.PRECISIONS[precision]
     model = attacker_model("resnet50", "cifar").to(device).eval()
     classifier = torch.nn.Sequential(model.normalizer, model.model).requires_grad_(False)
     surrogate = Surrogate(classifier, dtype)
-    if compiles:
+    if device.type == "cuda":
         surrogate.model.forward = Compiled(surrogate.model.forward, size.batch)
     images = torch.randint(256, (size.batch, 3, 32, 32), dtype=torch.uint8, device=device)
     labels = torch.arange(size.batch, device=device) % 10
@@ -161,7 +166,7 @@ def attack_works(device, precision, size):
         lambda: [robustness_attack(model, few, few_labels, size.steps) for _ in range(attacks)],
         len(few) * size.steps,
         lambda: lock.lock_batch(
-            classifier, surrogate, images, labels, maps, "labels", list(METHODS), args, lambda: None
+            classifier, surrogate, images, labels, maps, "train", list(METHODS), args, lambda: None
         ),
         len(images) * size.steps,
         cost_of(classifier, dtype, 4 * passes + 10 / size.steps),  # it looks at the originals and the attacks too
@@ -199,14 +204,14 @@ def base_works(device, precision, size):
     loader = DataLoader(pictures, size.base_batch, shuffle=True, **options)
     loader = helpers.DataPrefetcher(loader) if on_gpu else loader
     batches = Batches(Split(images, labels, None, None), device, size.base_batch, augment_photos, shuffle=True)
-    args = Namespace(batch_size=size.base_batch, compile="auto", adv_train=0, adv_eval=0)
+    args = Namespace(batch_size=size.base_batch, compile=compile_on(device), adv_train=0, adv_eval=0)
     args.precision = precision if precision != "float16" else "float32"
 
     def epoch_of(loader, fast):
         model = attacker_model("resnet50", "cifar")
         if fast:
             with redirect_stdout(io.StringIO()):  # it says what the table's head says already
-                speed_up(model.model, args, device)
+                speed_up(model.model, args, device, passes=0)
         model = nn.DataParallel(model.to(device), [device.index] if on_gpu else None)  # as robustness does it
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
         hooks = Parameters({"custom_accuracy": accuracies} if fast else {})
@@ -237,8 +242,7 @@ def our_epoch(name, device, precision, size):
     """An epoch of train.py, as a function; the images lie on the device."""
     batch_size = size.models[name]
     images, labels = (tensor.to(device) for tensor in random_split(size.batches * batch_size))
-    compiles = utils.pick_compile("auto", device)
-    keys = {"architecture": name, "precision": precision, "compile": compiles, "batch_size": batch_size}
+    keys = {"architecture": name, "precision": precision, "compile": compile_on(device), "batch_size": batch_size}
     config = EasyDict(CONFIG | keys)
     step = train.make_step(train.make_learner(train.make_model(config, device), config), config)
     return lambda: train.train_epoch(step, images, labels, config)

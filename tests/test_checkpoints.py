@@ -1,0 +1,94 @@
+"""The checkpoints of a training run: what they keep, the order in which they are written, and what is refused."""
+
+import threading
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+import checkpoints
+import train
+from tests.conftest import config_of, learner_of, new_learner, two_tones
+from utils import UserError
+
+
+def test_the_state_of_a_float16_training_is_kept(tmp_path):
+    config = config_of(tmp_path, architecture="preresnet8", precision="float16")
+    learners = [new_learner(config) for _ in range(2)]
+    images, labels = torch.randint(256, (16, 3, 8, 8), dtype=torch.uint8), torch.arange(16) % 10
+    learners[0].scaler.load_state_dict(learners[0].scaler.state_dict() | {"scale": 2.0**100})  # too much: it is halved
+    train.train_epoch(train.make_step(learners[0], config), images, labels, config)
+    momentum = [state["momentum_buffer"] for state in learners[0].optimizer.state.values()]
+    assert momentum and not any(buffer.any() for buffer in momentum)  # the step was left out
+    checkpoints.restore(checkpoints.snapshot(learners[0], 1, [], config, "data"), learners[1], config, "data")
+    assert learners[1].scaler.get_scale() == learners[0].scaler.get_scale() == 2.0**99
+    for mine, theirs in zip(learners[0].model.parameters(), learners[1].model.parameters()):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_snapshot_stays_as_it_is_while_training_goes_on(tmp_path):
+    config = config_of(tmp_path, architecture="preresnet8", precision="float32")
+    learner, images, labels = new_learner(config), *two_tones(16, [0, 1])
+    before = learner.model.fc.weight.detach().clone()
+    snapshots = [checkpoints.snapshot(learner, 1, [], config, "data")]
+    for group in learner.optimizer.param_groups:
+        group["lr"].fill_(0.5)
+    train.train_epoch(train.make_step(learner, config), images, labels, config)
+    snapshots.append(checkpoints.snapshot(learner, 2, [], config, "data"))
+    assert torch.equal(snapshots[0]["model"]["fc.weight"], before)
+    then, now = ([leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)] for state in snapshots)
+    assert len(now) > 50 and not any(torch.equal(*pair) for pair in zip(then, now, strict=True))
+
+
+def test_what_runs_in_the_background_takes_turns_and_tells_its_errors():
+    done, go_on = [], threading.Event()
+
+    def wait_and_append(value):
+        go_on.wait()
+        done.append(value)
+
+    with checkpoints.background() as start:
+        start(wait_and_append, 1)
+        assert done == []  # it did not wait
+        go_on.set()
+        start(done.append, 2)
+        start(done.append, 3)
+    assert done == [1, 2, 3]
+    for later in ([], [partial(done.append, 4)]):
+        with pytest.raises(ZeroDivisionError), checkpoints.background() as start:
+            for function in [partial(divmod, 1, 0), *later]:
+                start(function)
+    assert done == [1, 2, 3]
+
+
+def test_the_first_of_equally_good_epochs_is_the_best():
+    kept, history, learner = [], [{"locked_acc": 50.0}], learner_of(nn.Linear(1, 1), lr=0)
+    for accuracy in (50.0, 51.0):
+        record = {"locked_acc": accuracy}
+        checkpoints.keep_epoch(lambda *args: kept.append(args[-1]), None, learner, 2, record, history, {}, "")
+    assert kept == [False, True]
+
+
+def test_a_checkpoint_of_something_else(tmp_path):
+    torch.save({"epoch": 1}, tmp_path / "ckpt.pth.tar")
+    with pytest.raises(UserError, match="ckpt.pth.tar: damaged"):
+        checkpoints.read_checkpoint(tmp_path / "ckpt.pth.tar", log=print)
+
+
+def test_a_run_that_comes_from_a_cpu_draws_anew_on_a_gpu(monkeypatch, tmp_path):
+    config, seeds, learner = config_of(tmp_path, seed="5"), [], learner_of(nn.Linear(1, 1), lr=0)
+    state = checkpoints.snapshot(learner, 3, [], config, "")
+    assert state["cuda_rng"] is None
+    monkeypatch.setattr(checkpoints, "on_gpu", lambda learner: True)
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeds.append)
+    checkpoints.restore(state, learner, config, "")
+    assert seeds == [8]
+
+
+def test_the_best_checkpoint_is_written_first(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(checkpoints, "write_file", lambda path, content: written.append(path.name))
+    checkpoints.write_checkpoint(tmp_path / "ckpt.pth.tar", {}, is_best=True)
+    assert written == ["ckpt_best.pth.tar", "ckpt.pth.tar"]
