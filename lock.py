@@ -188,10 +188,7 @@ def lock_dataset(args):
         batch_size = min(args.batch_size, len(splits["train"].labels))
         surrogate.model.forward = Compiled(surrogate.model.forward, batch_size, ranks.say)
     maps, base_sha256 = target_maps(len(classes), args.manual_seed), sha256(Path(args.resume_path).read_bytes())
-    hashes = {
-        split: {"images": lockfiles.hash_tensor(images), "labels": lockfiles.hash_tensor(labels)}
-        for split, (images, labels, *_) in splits.items()
-    }
+    hashes = shards.hash_originals(splits)
     settings = {method: shards.settings_of(method, classes, hashes, maps, base_sha256, args) for method in locks}
     with ExitStack() as stack:
         ranks.on_rank0(stack.enter_context, utils.exclusive(args.lock_data))

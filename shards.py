@@ -18,18 +18,23 @@ import lockfiles
 import sealing
 import utils
 from data import SPLITS
-from lockfiles import Paths, sha256
+from lockfiles import Paths, hash_tensor, sha256
 from methods import attacks_of, parameters_of
 from utils import UserError, write_file
 
 # Settings
 
 
-def settings_of(method, classes, hashes, maps, base_sha256, args):
-    """All that decides what a lock is. Two locks of the same settings are the same.
+def hash_originals(splits):
+    """The hashes of what is locked, as {split: {"images": SHA-256, "labels": SHA-256}}."""
+    return {
+        split: {"images": hash_tensor(images), "labels": hash_tensor(labels)}
+        for split, (images, labels, *_) in splits.items()
+    }
 
-    hashes are those of the originals, as {split: {"images": SHA-256, "labels": SHA-256}}.
-    """
+
+def settings_of(method, classes, hashes, maps, base_sha256, args):
+    """All that decides what a lock is; hashes are those of hash_originals. Locks of the same settings are the same."""
     return {
         "method": method,
         **{name: getattr(args, name) for name in parameters_of(method)},

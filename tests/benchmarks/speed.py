@@ -134,8 +134,8 @@ def robustness_attack(model, images, targets, steps):
 
 
 def compile_on(device):
-    """The value of the key compile: on a GPU what auto means for long work, on a CPU none that takes longer."""
-    return "always" if device.type == "cuda" else "never"
+    """The value of the key compile: what auto means for work that is long enough; on a CPU none is."""
+    return utils.pick_compile("auto", device.type == "cuda", utils.WORTH_COMPILING)
 
 
 def attack_works(device, precision, size):
@@ -144,7 +144,7 @@ def attack_works(device, precision, size):
     model = attacker_model("resnet50", "cifar").to(device).eval()
     classifier = torch.nn.Sequential(model.normalizer, model.model).requires_grad_(False)
     surrogate = Surrogate(classifier, dtype)
-    if device.type == "cuda":
+    if compile_on(device) == "always":
         surrogate.model.forward = Compiled(surrogate.model.forward, size.batch)
     images = torch.randint(256, (size.batch, 3, 32, 32), dtype=torch.uint8, device=device)
     labels = torch.arange(size.batch, device=device) % 10
