@@ -190,6 +190,7 @@ def lock_dataset(args):
     maps, base_sha256 = target_maps(len(classes), args.manual_seed), sha256(Path(args.resume_path).read_bytes())
     hashes = shards.hash_originals(splits)
     settings = {method: shards.settings_of(method, classes, hashes, maps, base_sha256, args) for method in locks}
+    ranks.on_rank0(check_alike, ranks.gather(settings))
     with ExitStack() as stack:
         ranks.on_rank0(stack.enter_context, utils.exclusive(args.lock_data))
         manifests = ranks.on_rank0(shards.prepare, locks, settings, args)
@@ -206,6 +207,21 @@ def lock_dataset(args):
             lock_split(classifier, surrogate, images, labels, maps, split, todo, args, device, ranks)
         ranks.on_rank0(write_locks, locks, manifests, settings, splits, args)
     ranks.close()
+
+
+def check_alike(settings):
+    """Raise UserError where the processes of torchrun, which may run on several machines, are to make different locks.
+
+    settings are those of each process, by method, in the order of the ranks.
+    """
+    first, *others = map(utils.flatten, settings)
+    for rank, other in enumerate(others, start=1):
+        for key in first | other:
+            if first.get(key) != other.get(key):
+                raise UserError(
+                    f"torchrun: rank {rank} has another {key} than rank 0; give every machine the same images, base "
+                    "classifier and flags"
+                )
 
 
 def write_locks(locks, manifests, settings, splits, args):

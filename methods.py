@@ -1,5 +1,7 @@
 """The lock methods of the paper as data: target maps, which attacks a method needs, and how those are combined."""
 
+from fractions import Fraction
+
 import torch
 
 # True class -> target class, in CIFAR-10's order. T2 keeps class 9 and T4 class 7, as the original does.
@@ -58,7 +60,7 @@ def combine(attacked, method, alpha=0.5, lambd=0.5):
     """Put the attacks of a method together.
 
     attacked maps the name of a target map to images [N, C, H, W]. A blend is lambd of its first attack and
-    1 - lambd of its second; of two sides, the left takes the columns [0, int(alpha * W)).
+    1 - lambd of its second; of two sides, the left takes the columns [0, alpha * W), rounded down.
     """
     sides = [
         attacked[names[0]] if len(names) == 1 else lambd * attacked[names[0]] + (1 - lambd) * attacked[names[1]]
@@ -66,5 +68,5 @@ def combine(attacked, method, alpha=0.5, lambd=0.5):
     ]
     if len(sides) == 1:
         return sides[0]
-    column = int(alpha * sides[0].shape[-1])
+    column = int(Fraction(str(alpha)) * sides[0].shape[-1])  # in floats, 0.29 * 100 is less than 29
     return torch.cat([sides[0][..., :column], sides[1][..., column:]], dim=-1)

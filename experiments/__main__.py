@@ -26,6 +26,7 @@ from statistics import mean, stdev
 from textwrap import wrap
 from threading import Event
 
+import numpy as np
 import torch
 from matplotlib import image
 from matplotlib.figure import Figure
@@ -170,6 +171,7 @@ def gather(folders):
                 for key in ("locked_acc", "orig_acc")
             }
             result["most"] = max(result["curves"]["orig_acc"].values())
+            result["images"] = result["lock"] and result["lock"]["report"]["train"]["images"]
             result["lock_name"] = lock_of(result)
             group = groups.setdefault(json.dumps([same, result["settings"]]), {})
             group[json.dumps([result["seed"], result["history"]])] = result
@@ -219,25 +221,29 @@ def method_of(result):
 
 
 def lock_of(result):
-    """The base classifier of a result's lock, with the start of its checkpoint's SHA-256, eps and steps."""
+    """The base classifier of a result's lock, with the start of its checkpoint's SHA-256, eps, steps, and how many
+    images it has to train on."""
     if not result["lock"]:
         return "no manifest"
-    return "{arch:s} {base_sha256:.7s}, eps {eps:g}, {attack_steps} steps".format(**result["lock"]["settings"])
+    settings = "{arch:s} {base_sha256:.7s}, eps {eps:g}, {attack_steps} steps".format(**result["lock"]["settings"])
+    return f"{settings}, {result['images']} images"
 
 
 def place_in_table(group):
-    """What groups are sorted by: plain runs before the variants, those in their order, and any other name last."""
+    """What groups are sorted by: methods and variants in their orders, plain runs first, and any other name last."""
     first = group[0]
-    names = ["", *VARIANTS, first["name"]]
-    return first["dataset"], first["architecture"], first["method"], names.index(first["name"])
+    methods, names = [*METHODS, first["lock_method"]], ["", *VARIANTS, first["name"]]
+    order = methods.index(first["lock_method"]), first["method"], names.index(first["name"])
+    return first["dataset"], first["architecture"], *order
 
 
 def paper_accuracies(result):
-    """The paper's accuracies for a result's model and method; None where it has none, or where eps or the training
-    are not the paper's."""
-    config, defaults, lock = flatten(result["config"]), flatten(CONFIG), result["lock"]
+    """The paper's accuracies for a result's model and method; None where it has none, or where eps, the images or the
+    training are not the paper's. The base classifier, steps and epochs may be others: the table names those."""
+    config, defaults = flatten(result["config"]), flatten(CONFIG)
     plain = all(config.get(key, defaults[key]) == defaults[key] for keys in VARIANTS.values() for key in keys)
-    if result["dataset"] != "cifar10" or result["name"] or not plain or (lock and lock["settings"]["eps"] != 0.5):
+    lock = result["lock"]["settings"] if result["lock"] else {"eps": 0.5, "subset": None}
+    if result["dataset"] != "cifar10" or result["name"] or not plain or lock["eps"] != 0.5 or lock["subset"]:
         return None
     return PAPER.get((result["architecture"], result["method"]))
 
@@ -248,10 +254,10 @@ def mean_std(values):
 
 
 def table(groups):
-    """The accuracies of every group, as a table in Markdown: after the last epoch, and the largest on original images
-    on the way, which is what stopping there would have given."""
-    columns = "data set", "model", "method", "variant", "lock", "epochs", "runs", "original, %", "at most, %"
-    columns += "locked, %", "paper, original / locked"
+    """The accuracies of every group, as a table in Markdown: after the last epoch, and the best on original images on
+    the way, which is what stopping there would have given."""
+    columns = "data set", "model", "method", "variant", "lock", "epochs", "runs", "original, %"
+    columns += "best original, %", "locked, %", "paper, original / locked"
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for group in groups:
         first, paper = group[0], paper_accuracies(group[0])
@@ -263,63 +269,87 @@ def table(groups):
     return "\n".join(lines)
 
 
+def control_of(result, groups):
+    """The group that was trained as a result was, but on original images, or None; whatever lock it was tested on."""
+    name = f"control_{result['name']}"
+    wanted = {key: result[key] for key in ("dataset", "architecture", "epochs", "images")}
+    wanted["name"] = name if name in VARIANTS else "control"
+    return next((group for group in groups if all(group[0][key] == wanted[key] for key in wanted)), None)
+
+
 def plot(groups, path):
-    """Write a picture of the curves: a panel for each model, variant and lock, a colour for each method.
+    """Write a picture of the curves: a panel for each model, variant and lock, a colour for each method, and in grey
+    what a control of that training, if there is one, comes to on original images.
 
     A line is the mean of the seeds, and the band around it goes from the least to the largest.
     """
-    panels, methods = {}, sorted({group[0]["method"] for group in groups})
-    for group in groups:
-        title = "\n".join(wrap("{architecture} on {dataset}, {label}".format(**group[0]), 45) + [group[0]["lock_name"]])
-        panels.setdefault(title, []).append(group)
+    panels = {}
+    for group in [group for group in groups if "train_on" not in VARIANTS.get(group[0]["name"], ())] or groups:
+        title = wrap("{architecture} on {dataset}, {label}, {epochs} epochs".format(**group[0]), 52)
+        panels.setdefault("\n".join([*title, f"lock: {group[0]['lock_name']}"]), []).append(group)
+    methods = dict.fromkeys(group[0]["method"] for members in panels.values() for group in members)
+    colors = {method: f"C{index}" for index, method in enumerate(methods)}
     columns = min(len(panels), 4)
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(max(4 * columns, 6.5), 3 * rows), layout="constrained")
+    figure = Figure(figsize=(max(4 * columns, 6.5), 3 * rows + 0.5), layout="constrained")
     figure.suptitle("Accuracy on locked test images (solid) and on original ones (dashed), %")
     axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
+    lines = {}
     for axis, (title, members) in zip(axes.flat, panels.items()):
-        axis.set_title(title, parse_math=False)
+        axis.set_title(title, fontsize="small", parse_math=False)
         axis.set(xlabel="epoch", ylim=(0, 100))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        control = control_of(members[0][0], groups)
+        if control:
+            lines["control: trained on original images"] = draw(axis, control, "orig_acc", "grey", "--")
         for group in members:
-            color = f"C{methods.index(group[0]['method'])}"
-            draw(axis, group, "locked_acc", group[0]["method"], color, "-")
-            draw(axis, group, "orig_acc", None, color, "--")
-        for text in axis.legend(fontsize="small").get_texts():
-            text.set_parse_math(False)
+            draw(axis, group, "orig_acc", colors[group[0]["method"]], "--")
+            lines[group[0]["method"]] = draw(axis, group, "locked_acc", colors[group[0]["method"]], "-")
+    legend = figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(len(lines), 5))
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     with utils.naming(path):
         figure.savefig(path, dpi=100)
 
 
-def draw(axis, results, key, label, color, style):
-    """Draw what results have of a key at each epoch that all of them evaluated."""
+def draw(axis, results, key, color, style):
+    """Draw what results have of a key at each epoch that all of them evaluated; returns the line."""
     curves = [result["curves"][key] for result in results]
     epochs = sorted(set.intersection(*map(set, curves)))
     values = [[curve[epoch] for curve in curves] for epoch in epochs]
     marker = "." if len(epochs) == 1 else None
-    axis.plot(epochs, [mean(value) for value in values], style, color=color, label=label, marker=marker)
     axis.fill_between(
         epochs, [min(value) for value in values], [max(value) for value in values], color=color, alpha=0.2
     )
+    return axis.plot(epochs, [mean(value) for value in values], style, color=color, marker=marker)[0]
 
 
 def show(groups, path):
-    """Write a picture of the images that the runs of each lock saw: originals, locked, and the difference."""
-    folders = {}
+    """Write a picture of the images that the runs of each lock saw: the originals, where they are not those of the
+    lock above, locked images, and the difference."""
+    found = {}
     for group in groups:
-        folder = next((result["folder"] for result in group if (result["folder"] / "images.png").exists()), None)
-        if folder:
-            folders.setdefault("{dataset}, {method} ({lock_name})".format(**group[0]), folder)
-    if not folders:
+        file = next((file for result in group if (file := result["folder"] / "images.png").exists()), None)
+        if file:
+            found.setdefault("{dataset}, {method} ({lock_name})".format(**group[0]), image.imread(file))
+    if not found:
         raise UserError("--images: there is no images.png beside any result.json; train.py writes it")
-    figure = Figure(figsize=(10, 3.2 * len(folders)), layout="constrained")
-    for axis, (lock, folder) in zip(figure.subplots(len(folders), squeeze=False)[:, 0], folders.items()):
+    shown, above = {}, None
+    for lock, rows in found.items():
+        row = len(rows) // 3
+        repeated = above is not None and np.array_equal(above, rows[:row])
+        what = "locked images, ten times the difference"
+        shown[f"{lock}: {what}" if repeated else f"{lock}: originals, {what}"] = rows[row * repeated :]
+        above = rows[:row]
+    heights = [len(rows) / rows.shape[1] for rows in shown.values()]
+    figure = Figure(figsize=(10, 10 * sum(heights) + 0.3 * len(heights)), layout="constrained")
+    axes = figure.subplots(len(shown), squeeze=False, height_ratios=heights)[:, 0]
+    for axis, (title, rows) in zip(axes, shown.items()):
         axis.set_axis_off()
-        title = f"{lock}: originals, locked images, ten times the difference"
         axis.set_title(title, loc="left", parse_math=False)
-        axis.imshow(image.imread(Path(folder, "images.png")))
+        axis.imshow(rows)
     with utils.naming(path):
         figure.savefig(path, dpi=100)
 
@@ -353,7 +383,8 @@ def parse_arguments():
         nargs="+",
         choices=[*VARIANTS, "all"],
         default=["plain"],
-        help="train on originals as a control, or against the lock (default: plain)",
+        metavar="NAME",
+        help=f"all, or some of {', '.join(VARIANTS)}: train on originals as a control, or against the lock",
     )
     add("--jobs", type=utils.number(int, 1, 1000), default=1, help="runs at the same time (default: %(default)s)")
     args, rest = parser.parse_known_args()
@@ -387,7 +418,8 @@ def main():
             raise UserError(f"--work-path {folder}: no such folder")
     groups = gather(args.work_path)
     if not groups:
-        raise UserError(f"{', '.join(args.work_path)}: holds no result.json; run train.py, or --run")
+        here = " (--work-path results shows what was measured for the README)" * (args.work_path == ["experiments"])
+        raise UserError(f"{', '.join(args.work_path)}: holds no result.json; run train.py, or --run{here}")
     print(table(groups))
     if args.plot:
         plot(groups, args.plot)

@@ -212,6 +212,7 @@ def test_mistakes_in_training(place, user_error, command, tmp_path):
     assert f"{checkpoint}: damaged" in line and "there is no other; start again with --overwrite" in line
     assert "config.yaml: no such file" in user_error(train.main, "--work-path", tmp_path)
     assert "--epoch; did you mean 'epochs'?" in user_error(train.main, "--work-path", work, "--epoch", 3)
+    assert "or 'lr_scheduler.base_lr' or" in user_error(train.main, "--work-path", work, "--lr", 1)
     assert "--epochs: expected a whole number, found 'x'" in user_error(
         train.main, "--work-path", work, "--epochs", "x"
     )

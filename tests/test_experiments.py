@@ -28,6 +28,13 @@ RESULT = {
 }  # fmt: skip
 
 
+def lock_of(**settings):
+    """What of a manifest is looked at."""
+    usual = {"eps": 0.5, "attack_steps": 100, "subset": None, "arch": "resnet50", "base_sha256": "0123456789"}
+    settings = usual | settings
+    return {"settings": settings, "report": {"train": {"images": settings["subset"] or 50000}}}
+
+
 @pytest.fixture
 def results(tmp_path):
     """Results of two seeds, and of another method, variant, data set, config and lock."""
@@ -41,7 +48,9 @@ def results(tmp_path):
         {"config": {"epochs": 2, "seed": 0, "locked_train_image": "other"}},
         {"config": {"epochs": 2, "seed": 0, "eval_freq": 5}},
         {"config": {"epochs": 2, "seed": 0, "train_on": "original"}},
-        {"lock": {"settings": {"eps": 2.0, "attack_steps": 9, "arch": "resnet50", "base_sha256": "0123456789"}}},
+        {"lock": lock_of(eps=2.0)},
+        {"lock": lock_of(subset=64)},
+        {"lock": lock_of(attack_steps=9)},
         {"dataset": "digits"},  # a copy
     ]
     for index, other in enumerate([{}, *others]):  # only the second is of the same kind as the first
@@ -66,13 +75,28 @@ def test_the_table_puts_seeds_together_beside_the_papers_numbers(results, comman
         "| cifar10 | vgg19 | basic | plain, eval_freq 5 | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 "
         "| 28.77 / 93.58 |",
         "| cifar10 | vgg19 | basic | plain, train_on original | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
-        "| cifar10 | vgg19 | basic | plain | resnet50 0123456, eps 2, 9 steps | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
+        "| cifar10 | vgg19 | basic | plain | resnet50 0123456, eps 2, 100 steps, 50000 images | 2 | 1 | 28.00 | 29.00 "
+        "| 93.00 |  |",
+        "| cifar10 | vgg19 | basic | plain | resnet50 0123456, eps 0.5, 100 steps, 64 images | 2 | 1 | 28.00 | 29.00 "
+        "| 93.00 |  |",
+        "| cifar10 | vgg19 | basic | plain | resnet50 0123456, eps 0.5, 9 steps, 50000 images | 2 | 1 | 28.00 | 29.00 "
+        "| 93.00 | 28.77 / 93.58 |",
         "| cifar10 | vgg19 | basic | jpeg10 | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
         "| cifar10 | vgg19 | basic | a$x_{/$ | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
         "| cifar10 | vgg19 | horiz alpha 0.3 | plain | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
         "| digits | vgg19 | basic | plain | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
     ]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_control_is_that_of_the_same_training():
+    run = {"dataset": "cifar10", "architecture": "vgg19", "epochs": 2, "images": 50000, "name": ""}
+    controls = [{**run, "name": "control"}, {**run, "name": "control_jpeg10"}]
+    others = [{**run, "name": "control", **other} for other in ({"epochs": 9}, {"images": 64}, {"architecture": "vit"})]
+    groups = [[result] for result in (*others, run, *controls)]
+    for name, control in {"": 0, "jpeg10": 1, "cutout": 0, "mine": 0}.items():
+        assert study.control_of({**run, "name": name}, groups) == [controls[control]]
+    assert study.control_of({**run, "dataset": "digits"}, groups) is None
 
 
 def table_rows(text):

@@ -246,6 +246,8 @@ def test_alpha_is_rounded_down():
     a = {name: torch.rand(1, 3, 2, 10) for name in ("T1", "T2")}
     both = combine(a, "horiz", alpha=0.29)
     assert torch.equal(both[..., :2], a["T1"][..., :2]) and torch.equal(both[..., 2:], a["T2"][..., 2:])
+    wide = combine({"T1": torch.ones(1, 1, 1, 100), "T2": torch.zeros(1, 1, 1, 100)}, "horiz", alpha=0.29)
+    assert wide.sum() == 29  # though in floats 0.29 * 100 is less
 
 
 class Constant(nn.Module):

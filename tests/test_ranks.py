@@ -14,6 +14,19 @@ utils.has_amx = lambda: os.environ.get("RANK") == "1"
 utils.run_command(lock.main)
 """
 
+# lock.py where the second process has another test image
+OTHER = """
+import os
+import data, lock, utils
+load = data.load_digits
+def load_other(path, split):
+    found = load(path, split)
+    found.images[0] += os.environ["RANK"] == "1" and split == "test"
+    return found
+data.DATASETS["digits"] = data.DATASETS["digits"]._replace(load=load_other)
+utils.run_command(lock.main)
+"""
+
 
 def torchrun(count, script, *arguments):
     """Run a script in processes that torchrun starts, of one thread each, as torchrun sets it anyway."""
@@ -38,6 +51,11 @@ def test_two_processes_give_the_bytes_of_one(place, tmp_path):
     assert len(names) == 8
     for name in names:
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+    (tmp_path / "other.py").write_text(OTHER)
+    run = torchrun(2, tmp_path / "other.py", *lock_flags(place, tmp_path / "other"), *flags)
+    assert run.returncode != 0 and not list((tmp_path / "other").glob("*"))
+    assert run.stderr.count("rank 1 has another basic.original_sha256.test.images than rank 0; give every machine") == 1
 
     run = torchrun(2, "lock.py", *lock_flags(place, tmp_path / "2"), *flags, "--eps", 0.3)
     assert run.returncode != 0

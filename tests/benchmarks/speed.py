@@ -2,23 +2,29 @@
 
     python -m tests.benchmarks.speed preresnet vgg
 
-measures only the lines whose names have one of the words.
+measures only the lines whose names have one of the words. --profile also says what a call of ours spends its time in.
+What is printed is Markdown, so that a file of it is the record of a run.
 
 The original's way is robustness' AttackerModel in float32, attacking once for every attack of every method, and, for
 training, PIL transforms in loader workers, float32, images in torch's default memory format; on a GPU with TF32 in
 convolutions, which is torch's default. Ours is what auto picks. Both ways get random images and untrained models, by
-turns, and the best of several rounds counts; what the first call takes longer, compiling, is told apart. On a CPU the
-work is small.
+turns, and the best of several rounds counts; what the first call takes longer, compiling, is told apart. What the whole
+of the work would take follows from that: to attack the 60,000 images of CIFAR-10 in 100 steps, the first call
+included, or an epoch of 50,000. On a CPU only little of it is timed.
 
 Small models leave a GPU mostly idle, so they are also trained several at once, a process for each, as
 python -m experiments --jobs does it. Processes take turns on a GPU unless NVIDIA's MPS lets them share it.
 """
 
 import io
+import os
 import platform
+import shlex
+import sys
 import time
 from argparse import Namespace
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from datetime import datetime, timezone
 from functools import partial
 from itertools import chain
 from threading import BrokenBarrierError
@@ -91,13 +97,17 @@ SIZES = {
 }
 
 
+LOCK, EPOCH = 60_000 * 100, 50_000  # the whole of a work: images times steps, and images
+
+
 class Work(NamedTuple):
-    """One line of the table: two ways to do the same, and how often a call does it.
+    """One line of the table: two ways to do the same, how often a call does it, and how often the whole work does.
 
     cost is what ours needs at least, each time: floating-point operations, and bytes to and from memory.
     """
 
     name: str
+    whole: int
     reference: callable
     reference_count: int
     ours: callable
@@ -154,6 +164,7 @@ def attack_works(device, precision, size):
     passes = 2 + 1 / size.steps  # after the last step the images are looked at once more
     yield Work(
         "a step of the attack on ResNet-50",
+        LOCK,
         lambda: robustness_attack(model, few, few_labels, size.steps),
         len(few) * size.steps,
         lambda: attack(surrogate, to_float(images), labels, 0.5, 0.1, size.steps),
@@ -163,6 +174,7 @@ def attack_works(device, precision, size):
     attacks = sum(len(attacks_of([method])) for method in METHODS)
     yield Work(
         "a step of the lock by all four methods",
+        LOCK,
         lambda: [robustness_attack(model, few, few_labels, size.steps) for _ in range(attacks)],
         len(few) * size.steps,
         lambda: lock.lock_batch(
@@ -225,7 +237,7 @@ def base_works(device, precision, size):
     dtype = utils.PRECISIONS[args.precision]
     cost = cost_of(attacker_model("resnet50", "cifar").model, dtype, 3)
     name = f"train the base classifier, ResNet-50, batch {size.base_batch}"
-    yield Work(name, epoch_of(loader, False), len(images), epoch_of(batches, True), len(images), cost)
+    yield Work(name, EPOCH, epoch_of(loader, False), len(images), epoch_of(batches, True), len(images), cost)
 
 
 def train_reference(model, optimizer, loader, device):
@@ -265,6 +277,7 @@ def training_works(device, precision, size):
         optimizer = torch.optim.SGD(reference.parameters(), lr=0.1, **CONFIG["optimize"])
         works[name] = Work(
             f"train {name}, batch {batch_size}",
+            EPOCH,
             partial(train_reference, reference, optimizer, loader, device),
             len(images),
             our_epoch(name, device, precision, size),
@@ -349,6 +362,24 @@ def measure(work, device, rounds):
     return reference / work.reference_count, ours / work.count, first - ours
 
 
+def duration(seconds):
+    """A time as text, in the unit that suits it."""
+    unit, length = ("h", 3600) if seconds >= 7200 else ("min", 60) if seconds >= 120 else ("s", 1)
+    return f"{seconds / length:.1f} {unit}"
+
+
+def profile(function, device):
+    """The 15 operations or, on a GPU, kernels that a call spends most of its time in, as lines."""
+    with torch.profiler.profile(acc_events=True) as profiler:
+        seconds(function, device)
+    kind = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    events = sorted(profiler.key_averages(), key=lambda event: getattr(event, kind), reverse=True)
+    total = sum(getattr(event, kind) for event in events)
+    for event in events[:15]:
+        time = getattr(event, kind)
+        yield f"{time / total:6.1%} {time / 1e3:10.2f} ms {event.count:6} times  {event.key[:90]}"
+
+
 def ceilings(device, precision):
     """What the hardware reaches: operations a second in a product of matrices, and bytes a second in a copy.
 
@@ -376,27 +407,37 @@ def set_up():
 def main():
     parser = utils.Parser(__doc__)
     parser.add_argument("words", nargs="*", default=[""], help="measure only the lines with one of these words")
-    words = parser.parse_args().words
+    parser.add_argument("--profile", action="store_true", help="say what takes the time in each of the lines")
+    args = parser.parse_args()
     device, reason, precision, why = set_up()
     size = SIZES[device.type]
     rates = ceilings(device, precision)
-    print(f"{device} ({reason}), {precision} ({why}), torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"peak, as measured: {rates[0] / 1e12:.2f} TFLOP/s in a matrix product, {rates[1] / 1e9:.0f} GB/s in a copy")
+    cudnn = f", cuDNN {torch.backends.cudnn.version()}" if device.type == "cuda" else ""
+    print(f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, commit {utils.commit()}:")
+    print(f"`{shlex.join(['python', '-m', 'tests.benchmarks.speed', *sys.argv[1:]])}`\n")
+    print(f"{device} ({reason}), {os.cpu_count()} CPU cores, {precision} ({why}), compile {compile_on(device)};")
+    print(f"torch {torch.__version__}{cudnn}, Python {platform.python_version()}.")
+    print(f"Peak, as measured: {rates[0] / 1e12:.2f} TFLOP/s in a matrix product, {rates[1] / 1e9:.0f} GB/s in a copy.")
     works = chain(*(kind(device, precision, size) for kind in (attack_works, base_works, training_works)))
     columns = "work, for one image", "the original's way, ms", "ours, ms", "ratio", "of peak FLOP/s"
-    columns += "of peak bandwidth", "first call, s"
+    columns += "of peak bandwidth", "first call, s", "the whole, the original's way", "the whole, ours"
     print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    measured = 0
+    profiles = {}
     for work in tqdm(works, leave=False, disable=None):
-        if not any(word in work.name for word in words):
+        if not any(word in work.name for word in args.words):
             continue
-        measured += 1
         reference, ours, first = measure(work, device, size.rounds)
         shares = " | ".join(f"{cost / ours / rate:.0%}" for cost, rate in zip(work.cost, rates))
         times = f"{1e3 * reference:.3g} | {1e3 * ours:.3g} | {reference / ours:.1f}x"
-        print(f"| {work.name} | {times} | {shares} | {first:.1f} |", flush=True)
-    if not measured:
-        raise UserError(f"{' '.join(words)}: no line's name has one of these words")
+        once = first if work.whole == LOCK else 0  # of many epochs
+        whole = f"{duration(reference * work.whole)} | {duration(ours * work.whole + once)}"
+        print(f"| {work.name} | {times} | {shares} | {first:.1f} | {whole} |", flush=True)
+        profiles[work.name] = list(profile(work.ours, device)) if args.profile else []
+    for name, lines in profiles.items():
+        if lines:
+            print(f"\n{name}:\n\n```", *lines, "```", sep="\n")
+    if not profiles:
+        raise UserError(f"{' '.join(args.words)}: no line's name has one of these words")
 
 
 if __name__ == "__main__":
