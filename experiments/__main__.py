@@ -326,29 +326,34 @@ def draw(axis, results, key, color, style):
     return axis.plot(epochs, [mean(value) for value in values], style, color=color, marker=marker)[0]
 
 
-def show(groups, path):
-    """Write a picture of the images that the runs of each lock saw: the originals, where they are not those of the
-    lock above, locked images, and the difference."""
-    found = {}
+def pictures(groups):
+    """What the runs of each lock saw, by the name of the lock, as pictures [height, width, colours] of rows of images:
+    the originals, unless they are those of the lock above, locked images, and the difference."""
+    found, originals = {}, None
     for group in groups:
+        lock = "{dataset}, {method} ({lock_name})".format(**group[0])
         file = next((file for result in group if (file := result["folder"] / "images.png").exists()), None)
-        if file:
-            found.setdefault("{dataset}, {method} ({lock_name})".format(**group[0]), image.imread(file))
+        if file and lock not in found:
+            rows = image.imread(file)
+            height = len(rows) // 3
+            repeated = originals is not None and np.array_equal(originals, rows[:height])
+            originals = rows[:height]
+            found[lock] = rows[height:] if repeated else rows
+    return found
+
+
+def show(groups, path):
+    """Write a picture of the images that the runs of each lock saw."""
+    found = pictures(groups)
     if not found:
         raise UserError("--images: there is no images.png beside any result.json; train.py writes it")
-    shown, above = {}, None
-    for lock, rows in found.items():
-        row = len(rows) // 3
-        repeated = above is not None and np.array_equal(above, rows[:row])
-        what = "locked images, ten times the difference"
-        shown[f"{lock}: {what}" if repeated else f"{lock}: originals, {what}"] = rows[row * repeated :]
-        above = rows[:row]
-    heights = [len(rows) / rows.shape[1] for rows in shown.values()]
-    figure = Figure(figsize=(10, 10 * sum(heights) + 0.3 * len(heights)), layout="constrained")
-    axes = figure.subplots(len(shown), squeeze=False, height_ratios=heights)[:, 0]
-    for axis, (title, rows) in zip(axes, shown.items()):
+    heights = [len(rows) / rows.shape[1] for rows in found.values()]
+    figure = Figure(figsize=(10, 10 * sum(heights) + 0.3 * len(heights) + 0.4), layout="constrained")
+    figure.suptitle("Originals; for each lock, its images and ten times the difference")
+    axes = figure.subplots(len(found), squeeze=False, height_ratios=heights)[:, 0]
+    for axis, (title, rows) in zip(axes, found.items()):
         axis.set_axis_off()
-        axis.set_title(title, loc="left", parse_math=False)
+        axis.set_title(title, loc="left", fontsize="medium", parse_math=False)
         axis.imshow(rows)
     with utils.naming(path):
         figure.savefig(path, dpi=100)

@@ -12,7 +12,10 @@ from threading import Event
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torchvision.utils import save_image
 
+import train
 import utils
 from experiments import __main__ as study
 from methods import METHODS
@@ -97,6 +100,20 @@ def test_a_control_is_that_of_the_same_training():
     for name, control in {"": 0, "jpeg10": 1, "cutout": 0, "mine": 0}.items():
         assert study.control_of({**run, "name": name}, groups) == [controls[control]]
     assert study.control_of({**run, "dataset": "digits"}, groups) is None
+
+
+def test_originals_are_shown_once(tmp_path):
+    """Of the second of three locks, whose originals are those of the first, but not of the third."""
+    groups = []
+    for method, originals in {"basic": 0, "mixup": 0, "horiz": 9}.items():
+        folder = tmp_path / method
+        folder.mkdir()
+        grid = train.pictures(torch.full((2, 3, 8, 8), originals, dtype=torch.uint8), torch.zeros(2, 3, 8, 8).byte())
+        save_image(grid, folder / "images.png")
+        groups.append([{"dataset": "digits", "method": method, "lock_name": "", "folder": folder}])
+    assert [len(rows) / grid.shape[1] > 0.7 for rows in study.pictures(groups).values()] == [True, False, True]
+    study.show(groups, tmp_path / "shown.png")
+    assert (tmp_path / "shown.png").stat().st_size > 1000
 
 
 def table_rows(text):
