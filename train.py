@@ -178,10 +178,14 @@ def load_data(config):
     for split, manifest in manifests.items():
         if manifest:
             check_manifest(manifest, split, manifests["train"], original, config)
+    if manifests["test"]:
+        check_originals(original, "test", manifests["test"], config)
     data = {"train": data.pop("locked_train"), **data}
     if config.train_on == "original":
-        images, labels, *_ = DATASETS[config.dataset].load(config.orig_data_path, "train")
-        data["train"] = tuple(tensor[: len(data["train"][0])] for tensor in (images, labels))
+        part = DATASETS[config.dataset].load(config.orig_data_path, "train")
+        if manifests["train"]:
+            check_originals(part, "train", manifests["train"], config)
+        data["train"] = part.first(len(data["train"][0]))[:2]
     return {name: (preprocess(images, config), labels) for name, (images, labels) in data.items()}, manifests["train"]
 
 
@@ -199,12 +203,15 @@ def check_manifest(manifest, split, train_manifest, original, config):
         raise UserError(f"{path}: has {found} classes, but num_classes is {config.num_classes}; set it to {found}")
     if settings != train_manifest["settings"]:
         raise UserError(f"{path}: another lock than that of {config.locked_train_image}; name the files of one lock")
-    if split == "test":
-        images, labels, *_ = original.first(settings["subset"])
-        for name, tensor in {"labels": labels, "images": images}.items():
-            if hash_tensor(tensor) != settings["original_sha256"]["test"][name]:
-                where = config.orig_data_path
-                raise UserError(f"{path}: locked from other {name}, or in another order, than {where} has now")
+
+
+def check_originals(part, split, manifest, config):
+    """Raise UserError where a Split of the originals is not what was locked."""
+    images, labels, *_ = part.first(manifest["settings"]["subset"])
+    for name, tensor in {"labels": labels, "images": images}.items():
+        if hash_tensor(tensor) != manifest["settings"]["original_sha256"][split][name]:
+            path, where = config[f"locked_{split}_image"], config.orig_data_path
+            raise UserError(f"{path}: locked from other {name}, or in another order, than {where} has now")
 
 
 def fingerprint(data):

@@ -238,8 +238,8 @@ def place_in_table(group):
 
 
 def paper_accuracies(result):
-    """The paper's accuracies for a result's model and method; None where it has none, or where eps, the images or the
-    training are not the paper's. The base classifier, steps and epochs may be others: the table names those."""
+    """The paper's accuracies for a result's model and method; None where it has none, and for a run with a name, a key
+    of VARIANTS, another eps, or a subset. The base classifier, steps and other keys, as epochs, may be others."""
     config, defaults = flatten(result["config"]), flatten(CONFIG)
     plain = all(config.get(key, defaults[key]) == defaults[key] for keys in VARIANTS.values() for key in keys)
     lock = result["lock"]["settings"] if result["lock"] else {"eps": 0.5, "subset": None}
@@ -269,12 +269,17 @@ def table(groups):
     return "\n".join(lines)
 
 
+def training_of(result):
+    """What a training was, but for its lock, seed and precision, and for what has no control of its own."""
+    free = FREE_ON_RESUME | {"seed", "precision", *VARIANTS["cutout"], *VARIANTS["mixup"], *VARIANTS["cutmix"]}
+    config = flatten(CONFIG) | flatten(result["config"]) | {"dataset": result["dataset"], "images": result["images"]}
+    return {key: value for key, value in config.items() if key not in free}
+
+
 def control_of(result, groups):
     """The group that was trained as a result was, but on original images, or None; whatever lock it was tested on."""
-    name = f"control_{result['name']}"
-    wanted = {key: result[key] for key in ("dataset", "architecture", "epochs", "images")}
-    wanted["name"] = name if name in VARIANTS else "control"
-    return next((group for group in groups if all(group[0][key] == wanted[key] for key in wanted)), None)
+    wanted = training_of(result) | VARIANTS["control"]
+    return next((group for group in groups if training_of(group[0]) == wanted), None)
 
 
 def plot(groups, path):
@@ -284,7 +289,7 @@ def plot(groups, path):
     A line is the mean of the seeds, and the band around it goes from the least to the largest.
     """
     panels = {}
-    for group in [group for group in groups if "train_on" not in VARIANTS.get(group[0]["name"], ())] or groups:
+    for group in [group for group in groups if training_of(group[0])["train_on"] == "locked"] or groups:
         title = wrap("{architecture} on {dataset}, {label}, {epochs} epochs".format(**group[0]), 52)
         panels.setdefault("\n".join([*title, f"lock: {group[0]['lock_name']}"]), []).append(group)
     methods = dict.fromkeys(group[0]["method"] for members in panels.values() for group in members)

@@ -3,10 +3,10 @@
     python -m models.base --dataset cifar --data ./data/cifar10 --adv-train 0 --arch resnet50 \\
         --out-dir ./logs/checkpoints/dir/ --exp-name resnet50
 
-takes the flags of `python -m robustness.main` (robustness 1.2.1.post2, 2020: its last release) and trains with
-robustness' own loop, checkpoints and store. New are --precision, --compile and --manual-seed. --arch is one of its
-CIFAR architectures or of models/; --constraint, --eps and --attack-lr are required only with --adv-train 1 or
---adv-eval 1.
+takes the flags of `python -m robustness.main` (robustness 1.2.1.post2, 2020: its last release), all but --config-path,
+and trains with robustness' own loop, checkpoints and store. New are --precision, --compile and --manual-seed. --arch is
+one of its CIFAR architectures or of models/; --constraint, --eps and --attack-lr are required only with --adv-train 1
+or --adv-eval 1.
 """
 
 import ast
@@ -246,6 +246,7 @@ def parse_arguments(main):
     defaults, parser = main.defaults, utils.Parser(__doc__)
     for group in (defaults.CONFIG_ARGS, defaults.MODEL_LOADER_ARGS, defaults.TRAINING_ARGS, defaults.PGD_ARGS):
         flags = [[name, kind, HELP.get(name, text), default] for name, kind, text, default in group]
+        flags = [flag for flag in flags if flag[0] != "config-path"]  # it checks nothing of such a file
         defaults.add_args_to_parser(flags, parser)
     parser.add_argument(
         "--manual-seed", type=utils.parse_seed, default=23, help="seed of everything drawn (default: 23)"
@@ -262,20 +263,15 @@ def parse_arguments(main):
         default="auto",
         help="use torch.compile, but not with adversarial examples; auto: for a long training on a GPU (default: auto)",
     )
-    given = parser.parse_args()
+    args = main.cox.utils.Parameters(vars(parser.parse_args()))
+    if not args.dataset:
+        raise UserError(f"--dataset is required: one of {', '.join(DATASETS)}")
     try:
-        args = main.cox.utils.Parameters(vars(given))
-        if given.config_path:  # robustness fills in from the file what no flag gives
-            args = main.cox.utils.override_json(args, given.config_path)
-        if args.dataset not in DATASETS:
-            raise UserError(f"--dataset is required: one of {', '.join(DATASETS)}")
-        args.config_path = None
         args = main.setup_args(args)
     except AssertionError as error:  # --eval-only
         raise UserError("--resume is required with --eval-only 1") from error
-    except ValueError as error:  # "adv_train required", or a file that is no JSON
-        where = "--" if "required" in str(error) else "--config-path: "
-        raise UserError(where + str(error).replace("_", "-")) from error
+    except ValueError as error:  # "adv_train required"
+        raise UserError(f"--{error}".replace("_", "-")) from error
     check_arguments(args)
     args.step_lr = args.step_lr or NEVER  # for 0 robustness makes no schedule, and could not go on
     return args

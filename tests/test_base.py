@@ -169,6 +169,15 @@ def test_only_digits_are_not_mirrored():
         assert (means < 0.2).any() == mirrored
 
 
+def test_photos_are_augmented_by_robustness_amounts(monkeypatch):
+    """Its ColorJitter(0.25, 0.25, 0.25), and RandomRotation(2) after it."""
+    done = []
+    for name in ("color_jitter", "random_rotation"):
+        monkeypatch.setattr(base, name, lambda images, amount, name=name: done.append((name, amount)) or images)
+    base.augment_photos(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    assert done == [("color_jitter", 0.25), ("random_rotation", 2)]
+
+
 def test_what_adversarial_training_leaves_out(monkeypatch, capsys):
     monkeypatch.setattr(base, "Compiled", lambda *_, **__: pytest.fail("compiled"))
     args = Namespace(precision="float32", compile="always", batch_size=2, adv_train=1, adv_eval=0)

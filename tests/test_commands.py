@@ -200,6 +200,13 @@ def test_a_run_is_never_deleted_unasked(place, command, user_error):
     assert "made_with.json: damaged" in user_error(train.main, *run, "--resume")
 
 
+def test_a_gpu_with_full_memory_is_one_line(user_error):
+    def main():
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB.")
+
+    assert "the GPU's memory is full; take smaller batches" in user_error(main)
+
+
 def test_mistakes_in_training(place, user_error, command, tmp_path):
     work = place / "preresnet8"
     command(train.main, "--work-path", work, "--epochs", 1, "--seed", 9)

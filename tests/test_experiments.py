@@ -92,14 +92,31 @@ def test_the_table_puts_seeds_together_beside_the_papers_numbers(results, comman
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_is_drawn(results, monkeypatch, tmp_path):
+    """In each panel a lock's locked curve, solid, and its original one, dashed, over the control's in grey."""
+    figures = []
+    monkeypatch.setattr(study.Figure, "savefig", lambda figure, path, **_: figures.append(figure))
+    study.plot(study.gather([results]), tmp_path / "curves.png")
+    (panel,) = [axis for axis in figures[0].axes if "jpeg10, 2 epochs" in axis.get_title()]
+    assert [(line.get_linestyle(), line.get_color(), list(line.get_ydata())) for line in panel.lines] == [
+        ("--", "grey", [29, 28]), ("--", "C0", [29, 28]), ("-", "C0", [91, 92])
+    ]  # fmt: skip
+
+
 def test_a_control_is_that_of_the_same_training():
-    run = {"dataset": "cifar10", "architecture": "vgg19", "epochs": 2, "images": 50000, "name": ""}
-    controls = [{**run, "name": "control"}, {**run, "name": "control_jpeg10"}]
-    others = [{**run, "name": "control", **other} for other in ({"epochs": 9}, {"images": 64}, {"architecture": "vit"})]
-    groups = [[result] for result in (*others, run, *controls)]
-    for name, control in {"": 0, "jpeg10": 1, "cutout": 0, "mine": 0}.items():
-        assert study.control_of({**run, "name": name}, groups) == [controls[control]]
-    assert study.control_of({**run, "dataset": "digits"}, groups) is None
+    """By its config, whatever its name; mixup has none of its own."""
+
+    def run(images=50000, train_on="locked", **keys):
+        return {"dataset": "cifar10", "images": images, "config": {"train_on": train_on, **keys}}
+
+    jpeg = {"preprocess": {"jpeg_quality": 10}}
+    controls = [[run(train_on="original", **keys)] for keys in ({}, jpeg)]
+    others = [[run(train_on="original", **keys)] for keys in ({"epochs": 9}, {"images": 64}, {"batch_size": 8})]
+    groups = [*others, [run()], *controls]
+    for index, keys in enumerate(({}, jpeg)):
+        assert study.control_of(run(**keys), groups) is controls[index]
+    assert study.control_of(run(mixup=True, seed=3, eval_freq=9), groups) is controls[0]
+    assert study.control_of(run(preprocess={"bits": 2}), groups) is None
 
 
 def test_originals_are_shown_once(tmp_path):

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,6 +99,11 @@ def test_files_that_do_not_belong_together(place, user_error, monkeypatch):
         changed = digits._replace(load=lambda root, split, change=change: change(digits.load(root, split)))
         monkeypatch.setitem(data.DATASETS, "digits", changed)
         assert f"locked from other {name}, or in another order, than none has now" in refusal()
+    changed = digits._replace(load=lambda root, split: changes["images"](digits.load(root, split)) if split == "train"
+                              else digits.load(root, split))  # fmt: skip
+    monkeypatch.setitem(data.DATASETS, "digits", changed)
+    control = ["--work-path", place / "preresnet8", "--seed", 32, "--train_on", "original"]
+    assert "train_image_basic: locked from other images" in user_error(train.main, *control)
     monkeypatch.setitem(data.DATASETS, "cifar10", digits)
     line = user_error(train.main, "--work-path", place / "preresnet8", "--seed", 32, "--dataset", "cifar10")
     assert "the data set is digits, but the config says cifar10" in line
@@ -173,6 +179,21 @@ def test_overwriting_never_replaces_the_originals(place, locked, user_error, com
     for split in data.SPLITS:
         (locked / "basic" / f"{split}.sha256").unlink()
     assert f"{locked}/basic exists, and is not of a lock" in user_error(lock.main, *flags)
+
+
+def test_what_is_written_is_on_the_disk_before_it_takes_a_place(place, locked, command, monkeypatch):
+    """The PNG files by one sync; the manifest, which lists them, after them and by itself."""
+    done = []
+    for name in ("fsync", "sync", "replace"):
+
+        def change(*args, name=name, function=getattr(os, name)):
+            done.append("replace " + Path(args[1]).name if name == "replace" else name)
+            return function(*args)
+
+        monkeypatch.setattr(os, name, change)
+    command(lock.main, *lock_flags(place, locked), "--format", "png")
+    tree = done.index("replace basic")
+    assert done[tree - 1 :] == ["sync", "replace basic", "fsync", "fsync", "replace lock_basic.json", "fsync"]
 
 
 class Cut(BaseException):

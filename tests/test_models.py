@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import utils
 from models import MODELS
@@ -24,6 +25,23 @@ def test_parameter_counts(name):
     with torch.device("meta"):
         model = MODELS[name](num_classes=10)
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+
+
+# Multiplications, in millions, and ReLUs of an image of 32x32 pixels on its way through CIFAR-ZOO's models.
+WORK = {"alexnet": (15.0, 5), "vgg19": (398.1, 16), "resnet20": (40.8, 19), "preresnet20": (40.8, 19),
+        "densenet100bc": (287.9, 99)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_strides_poolings_and_relus(name):
+    """Of which a count of parameters says nothing."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model, relus = MODELS[name]().eval(), []
+        for module in model.modules():
+            if isinstance(module, nn.ReLU):
+                module.register_forward_hook(lambda *_: relus.append(None))
+        model(torch.empty(1, 3, 32, 32))
+    assert (round(counter.get_total_flops() / 2e6, 1), len(relus)) == WORK[name]
 
 
 @pytest.mark.parametrize("name", ["alexnet", "vgg11", "resnet20", "preresnet8", "densenet100bc", "mobilenet_v2"])

@@ -29,6 +29,10 @@ def test_schedules(tmp_path):
     assert rates("COSINE", 100, 0, 50, 100) == pytest.approx([0.1, 0.05, 0])
     assert rates("COSINE", 40, 10) == pytest.approx([0.05 * (1 + math.sqrt(0.5))])
     assert rates("HTD", 90, 0, 60, 90) == pytest.approx([0.1, 0.05, 0.05 * (1 - math.tanh(3))], rel=1e-4)
+    bounds = {"lr_scheduler.min_lr": "0.02", "lr_scheduler.lower_bound": "-2", "lr_scheduler.upper_bound": "2"}
+    for kind, start in {"COSINE": 0.1, "HTD": 0.06 + 0.04 * math.tanh(2)}.items():
+        config = config_of(tmp_path, **{"lr_scheduler.type": kind, "epochs": "2"} | bounds)
+        assert [train.learning_rate(config, epoch) for epoch in (0, 1, 2)] == pytest.approx([start, 0.06, 0.12 - start])
 
 
 def test_training_and_evaluation_count_right():
@@ -196,14 +200,52 @@ def test_summary():
 
 
 def test_two_steps_are_sgd_by_its_definition():
+    """With Nesterov's momentum and weight decay as the config says (Sutskever et al., 2013, in torch's form)."""
+    config = float32_config(optimize=EasyDict(momentum=0.8, weight_decay=0.1, nesterov=True))
+    config.lr_scheduler.base_lr = 0.5
     model, inputs, targets = nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), torch.rand(6, 3, 4, 4), torch.arange(6) % 2
-    expected, step = copy.deepcopy(model), train.make_step(learner_of(model, lr=0.5), float32_config())
+    expected, step = copy.deepcopy(model), train.make_step(train.make_learner(model, config), config)
+    momenta = [torch.zeros_like(weights) for weights in expected.parameters()]
     for _ in range(2):
         step(inputs, targets)
         gradients = torch.autograd.grad(F.cross_entropy(expected(inputs), targets), expected.parameters())
-        for weights, gradient in zip(expected.parameters(), gradients):
-            weights.data -= 0.5 * gradient
+        for weights, gradient, momentum in zip(expected.parameters(), gradients, momenta):
+            gradient = gradient + 0.1 * weights.data
+            momentum.mul_(0.8).add_(gradient)
+            weights.data -= 0.5 * (gradient + 0.8 * momentum)
     torch.testing.assert_close(flat(model), flat(expected))
+
+
+@pytest.mark.parametrize(
+    "key, value, on",
+    [
+        ("mixup_alpha", "9", {"mixup": "True"}),
+        ("cutmix_alpha", "9", {"cutmix": "True"}),
+        ("augmentation.holes", "3", {"augmentation.cutout": "True"}),
+        ("augmentation.length", "4", {"augmentation.cutout": "True"}),
+        ("adversarial.attack_lr", "0.3", {"adversarial.eps": "0.5"}),
+        ("adversarial.attack_steps", "1", {"adversarial.eps": "0.5"}),
+    ],
+)
+def test_a_key_is_one_that_training_reads(tmp_path, key, value, on):
+    images, labels, trained = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8), []
+    for change in ({}, {key: value}):
+        torch.manual_seed(0)
+        config = config_of(tmp_path, architecture="preresnet8", precision="float32", **on, **change)
+        learner = new_learner(config)
+        train.train_epoch(train.make_step(learner, config), images, labels, config)
+        trained.append(flat(learner.model))
+    assert not torch.equal(*trained)
+
+
+def test_the_fingerprint_is_of_all_images_and_labels():
+    data = {name: (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=int)) for name in ("train", "test")}
+    found = {train.fingerprint(data)}
+    for images, labels in data.values():
+        for tensor in (images, labels):
+            tensor += 1
+            found.add(train.fingerprint(data))
+    assert len(found) == 5
 
 
 def test_each_epoch_takes_every_image_once_in_an_order_of_its_own():

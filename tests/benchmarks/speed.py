@@ -144,7 +144,8 @@ def robustness_attack(model, images, targets, steps):
 
 
 def compile_on(device):
-    """The value of the key compile: what auto means for work that is long enough; on a CPU none is."""
+    """The value of the key compile: on a GPU what auto means for long work; on a CPU never, since what is timed there
+    is small."""
     return utils.pick_compile("auto", device.type == "cuda", utils.WORTH_COMPILING)
 
 
