@@ -106,8 +106,9 @@ def check_known(name, known, what):
 
 
 def did_you_mean(word, known):
-    """'; did you mean ...?' with the nearest of the known words, or those that it is the end of; or nothing."""
-    near = difflib.get_close_matches(word, known, n=1) or [name for name in known if name.endswith(f"_{word}")]
+    """'; did you mean ...?' with the known words that it is the end of, or else the nearest; or nothing."""
+    ends = [name for name in known if name.endswith((f"_{word}", f".{word}"))]
+    near = ends or difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 

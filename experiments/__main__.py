@@ -277,21 +277,25 @@ def training_of(result):
 
 
 def control_of(result, groups):
-    """The group that was trained as a result was, but on original images, or None; whatever lock it was tested on."""
-    wanted = training_of(result) | VARIANTS["control"]
-    return next((group for group in groups if training_of(group[0]) == wanted), None)
+    """The group that was trained as a result was, but on original images, whatever lock it was tested on; None where
+    there is no such group, or where the result is a control itself."""
+    training = training_of(result)
+    wanted = training | VARIANTS["control"]
+    return next((group for group in groups if training != wanted == training_of(group[0])), None)
 
 
 def plot(groups, path):
     """Write a picture of the curves: a panel for each model, variant and lock, a colour for each method, and in grey
-    what a control of that training, if there is one, comes to on original images.
+    what a control of that training, if there is one, comes to on original images. Other controls have panels, too.
 
     A line is the mean of the seeds, and the band around it goes from the least to the largest.
     """
-    panels = {}
-    for group in [group for group in groups if training_of(group[0])["train_on"] == "locked"] or groups:
-        title = wrap("{architecture} on {dataset}, {label}, {epochs} epochs".format(**group[0]), 52)
-        panels.setdefault("\n".join([*title, f"lock: {group[0]['lock_name']}"]), []).append(group)
+    panels, used = {}, [training_of(control[0]) for group in groups if (control := control_of(group[0], groups))]
+    for group in groups:
+        if training_of(group[0]) not in used:
+            title = "\n".join(wrap("{architecture} on {dataset}, {label}".format(**group[0]), 52))
+            panel = f"{title}\nlock: {group[0]['lock_name']}", group[0]["epochs"]
+            panels.setdefault(panel, []).append(group)
     methods = dict.fromkeys(group[0]["method"] for members in panels.values() for group in members)
     colors = {method: f"C{index}" for index, method in enumerate(methods)}
     columns = min(len(panels), 4)
@@ -302,9 +306,9 @@ def plot(groups, path):
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     lines = {}
-    for axis, (title, members) in zip(axes.flat, panels.items()):
+    for axis, ((title, epochs), members) in zip(axes.flat, panels.items()):
         axis.set_title(title, fontsize="small", parse_math=False)
-        axis.set(xlabel="epoch", ylim=(0, 100))
+        axis.set(xlabel=f"epoch, of {epochs}", ylim=(0, 100))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         control = control_of(members[0][0], groups)
         if control:
@@ -394,7 +398,8 @@ def parse_arguments():
         choices=[*VARIANTS, "all"],
         default=["plain"],
         metavar="NAME",
-        help=f"all, or some of {', '.join(VARIANTS)}: train on originals as a control, or against the lock",
+        help=f"all, or some of {', '.join(VARIANTS)}: as the paper trains, on originals as a control, or against the "
+        "lock (default: plain)",
     )
     add("--jobs", type=utils.number(int, 1, 1000), default=1, help="runs at the same time (default: %(default)s)")
     args, rest = parser.parse_known_args()

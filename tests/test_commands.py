@@ -220,6 +220,7 @@ def test_mistakes_in_training(place, user_error, command, tmp_path):
     assert "config.yaml: no such file" in user_error(train.main, "--work-path", tmp_path)
     assert "--epoch; did you mean 'epochs'?" in user_error(train.main, "--work-path", work, "--epoch", 3)
     assert "or 'lr_scheduler.base_lr' or" in user_error(train.main, "--work-path", work, "--lr", 1)
+    assert "--blur; did you mean 'preprocess.blur'?" in user_error(train.main, "--work-path", work, "--blur", 1)
     assert "--epochs: expected a whole number, found 'x'" in user_error(
         train.main, "--work-path", work, "--epochs", "x"
     )

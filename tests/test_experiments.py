@@ -97,7 +97,8 @@ def test_what_is_drawn(results, monkeypatch, tmp_path):
     figures = []
     monkeypatch.setattr(study.Figure, "savefig", lambda figure, path, **_: figures.append(figure))
     study.plot(study.gather([results]), tmp_path / "curves.png")
-    (panel,) = [axis for axis in figures[0].axes if "jpeg10, 2 epochs" in axis.get_title()]
+    (panel,) = [axis for axis in figures[0].axes if "jpeg10" in axis.get_title()]
+    assert panel.get_xlabel() == "epoch, of 2" and not any("train_on" in axis.get_title() for axis in figures[0].axes)
     assert [(line.get_linestyle(), line.get_color(), list(line.get_ydata())) for line in panel.lines] == [
         ("--", "grey", [29, 28]), ("--", "C0", [29, 28]), ("-", "C0", [91, 92])
     ]  # fmt: skip
@@ -116,7 +117,7 @@ def test_a_control_is_that_of_the_same_training():
     for index, keys in enumerate(({}, jpeg)):
         assert study.control_of(run(**keys), groups) is controls[index]
     assert study.control_of(run(mixup=True, seed=3, eval_freq=9), groups) is controls[0]
-    assert study.control_of(run(preprocess={"bits": 2}), groups) is None
+    assert study.control_of(run(preprocess={"bits": 2}), groups) is study.control_of(controls[0][0], groups) is None
 
 
 def test_originals_are_shown_once(tmp_path):

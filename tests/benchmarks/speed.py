@@ -10,7 +10,7 @@ training, PIL transforms in loader workers, float32, images in torch's default m
 convolutions, which is torch's default. Ours is what auto picks. Both ways get random images and untrained models, by
 turns, and the best of several rounds counts; what the first call takes longer, compiling, is told apart. What the whole
 of the work would take follows from that: to attack the 60,000 images of CIFAR-10 in 100 steps, the first call
-included, or an epoch of 50,000. On a CPU only little of it is timed.
+included, or an epoch of 50,000. On a CPU only little of it is timed: of an attack one step, which tells nothing of 100.
 
 Small models leave a GPU mostly idle, so they are also trained several at once, a process for each, as
 python -m experiments --jobs does it. Processes take turns on a GPU unless NVIDIA's MPS lets them share it.
@@ -408,7 +408,7 @@ def set_up():
 def main():
     parser = utils.Parser(__doc__)
     parser.add_argument("words", nargs="*", default=[""], help="measure only the lines with one of these words")
-    parser.add_argument("--profile", action="store_true", help="say what takes the time in each of the lines")
+    parser.add_argument("--profile", action="store_true", help="say what takes the time in each line of one process")
     args = parser.parse_args()
     device, reason, precision, why = set_up()
     size = SIZES[device.type]
@@ -430,8 +430,9 @@ def main():
         reference, ours, first = measure(work, device, size.rounds)
         shares = " | ".join(f"{cost / ours / rate:.0%}" for cost, rate in zip(work.cost, rates))
         times = f"{1e3 * reference:.3g} | {1e3 * ours:.3g} | {reference / ours:.1f}x"
-        once = first if work.whole == LOCK else 0  # of many epochs
+        once = first if work.whole == LOCK else 0  # the first of many epochs pays for all
         whole = f"{duration(reference * work.whole)} | {duration(ours * work.whole + once)}"
+        whole = whole if work.whole == EPOCH or size.steps > 1 else "|"
         print(f"| {work.name} | {times} | {shares} | {first:.1f} | {whole} |", flush=True)
         profiles[work.name] = list(profile(work.ours, device)) if args.profile else []
     for name, lines in profiles.items():
