@@ -214,14 +214,12 @@ def check_alike(settings):
 
     settings are those of each process, by method, in the order of the ranks.
     """
-    first, *others = map(utils.flatten, settings)
-    for rank, other in enumerate(others, start=1):
-        for key in first | other:
-            if first.get(key) != other.get(key):
-                raise UserError(
-                    f"torchrun: rank {rank} has another {key} than rank 0; give every machine the same images, base "
-                    "classifier and flags"
-                )
+    for rank, other in enumerate(settings):
+        for key in utils.differing(settings[0], other):
+            raise UserError(
+                f"torchrun: rank {rank} has another {key} than rank 0; give every machine the same images, base "
+                "classifier and flags"
+            )
 
 
 def write_locks(locks, manifests, settings, splits, args):

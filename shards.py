@@ -51,15 +51,13 @@ def settings_of(method, classes, hashes, maps, base_sha256, args):
 
 def refuse_others(where, then, now):
     """Raise UserError where settings differ, naming both."""
-    then, now = utils.flatten(then), utils.flatten(now)
-    for key in {**now, **then}:
-        if then.get(key) != now.get(key):
-            old, new = str(then.get(key)), str(now.get(key))
-            start = max(0, len(os.path.commonprefix([old, new])) - 10)  # long ones may begin alike
-            raise UserError(
-                f"{where} was made with {key} {old[start:][:40]}, but now it is {new[start:][:40]}; "
-                "set that back, name another folder with --lock-data, or replace it with --overwrite"
-            )
+    for key in utils.differing(now, then):
+        old, new = (str(utils.flatten(settings).get(key)) for settings in (then, now))
+        start = max(0, len(os.path.commonprefix([old, new])) - 10)  # long ones may begin alike
+        raise UserError(
+            f"{where} was made with {key} {old[start:][:40]}, but now it is {new[start:][:40]}; "
+            "set that back, name another folder with --lock-data, or replace it with --overwrite"
+        )
 
 
 # What lock.py chooses by its device where it is not told, and whether a value is one that it chooses

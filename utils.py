@@ -217,6 +217,12 @@ def flatten(tree, prefix=""):
     return flat
 
 
+def differing(one, other):
+    """The keys of flatten that have another value in one tree than in the other, or are in one alone."""
+    one, other = flatten(one), flatten(other)
+    return [key for key in one | other if one.get(key) != other.get(key)]
+
+
 # Devices
 
 

@@ -245,8 +245,11 @@ def parse_arguments(main):
     """robustness' flags, checked and filled in with its defaults, as its own Parameters."""
     defaults, parser = main.defaults, utils.Parser(__doc__)
     for group in (defaults.CONFIG_ARGS, defaults.MODEL_LOADER_ARGS, defaults.TRAINING_ARGS, defaults.PGD_ARGS):
-        flags = [[name, kind, HELP.get(name, text), default] for name, kind, text, default in group]
-        flags = [flag for flag in flags if flag[0] != "config-path"]  # it checks nothing of such a file
+        flags = [
+            [name, kind, HELP.get(name, text), default]
+            for name, kind, text, default in group
+            if name != "config-path"  # it checks nothing of such a file
+        ]
         defaults.add_args_to_parser(flags, parser)
     parser.add_argument(
         "--manual-seed", type=utils.parse_seed, default=23, help="seed of everything drawn (default: 23)"
