@@ -241,7 +241,7 @@ def choose(args, locks, classifier, splits, device):
     """
     begun = {} if args.overwrite else shards.earlier_choices(locks)
     precision, why = utils.pick_precision(args.precision, device, classifier, begun.get("precision"))
-    faster = device.type == "cuda" or (precision == "bfloat16" and utils.has_amx())
+    faster = device.type == "cuda" or (precision == "bfloat16" and utils.bfloat16_unit())
     passes = (args.attack_steps + 1) * sum(len(split.labels) for split in splits.values())
     compile = utils.pick_compile(args.compile, faster, passes, begun.get("compile"))
     batch_size = args.batch_size or begun.get("batch_size") or default_batch_size(splits["train"].images, device)
@@ -358,8 +358,8 @@ def parse_arguments():
         "--compile",
         choices=COMPILE,
         default="auto",
-        help="use torch.compile, which takes about a minute; auto: as begun, or for a long lock on a GPU or a CPU with "
-        "AMX (default: %(default)s)",
+        help="use torch.compile, which takes about a minute; auto: as begun, or for a long lock on a GPU, or in "
+        "bfloat16 on a CPU (default: %(default)s)",
     )
     add(
         "--batch-size",

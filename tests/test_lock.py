@@ -226,10 +226,10 @@ def test_larger_images_are_attacked_in_smaller_batches():
     assert sizes == [256, 64, 16, 1]
 
 
-@pytest.mark.parametrize("amx", [True, False])
-def test_a_long_lock_is_compiled_where_that_is_faster(amx, monkeypatch):
+@pytest.mark.parametrize("unit", ["AMX", None])
+def test_a_long_lock_is_compiled_where_that_is_faster(unit, monkeypatch):
     """Long are a million images through the network: 10,000 in both splits, 100 times each."""
-    monkeypatch.setattr(utils, "has_amx", lambda: amx)
+    monkeypatch.setattr(utils, "bfloat16_unit", lambda: unit)
     splits = {
         split: data.Split(torch.empty(count, 3, 32, 32, device="meta"), torch.zeros(count), [], [])
         for split, count in {"train": 8000, "test": 2000}.items()
@@ -240,7 +240,7 @@ def test_a_long_lock_is_compiled_where_that_is_faster(amx, monkeypatch):
         args = argparse.Namespace(**flags | {"attack_steps": 99} | changes)
         return lock.choose(args, {}, nn.Conv2d(3, 10, 3), splits, torch.device("cpu"))
 
-    assert choice()[0] == ("bfloat16" if amx else "float32") and choice()[2] == ("always" if amx else "never")
+    assert choice()[0] == ("bfloat16" if unit else "float32") and choice()[2] == ("always" if unit else "never")
     assert choice(attack_steps=98)[2] == choice(precision="float32")[2] == choice(compile="never")[2] == "never"
     assert choice(attack_steps=1, compile="always")[2] == "always"
 

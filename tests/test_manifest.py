@@ -347,13 +347,13 @@ def test_an_interrupted_lock_is_not_continued_with_other_settings(place, command
 def test_a_lock_goes_on_as_it_was_begun_on_another_machine(place, command, monkeypatch, tmp_path):
     """What no flag says, and each machine chooses for itself."""
     flags = lock_flags(place, tmp_path)[:-2]  # without the batch size
-    monkeypatch.setattr(utils, "has_amx", lambda: True)
+    monkeypatch.setattr(utils, "bfloat16_unit", lambda: "AMX")
     monkeypatch.setitem(lock.BATCH_SIZES, "cpu", 60)
     monkeypatch.setattr(lock, "Compiled", lambda forward, *rest: forward)
     sizes = interrupt(monkeypatch, at=2)
     with pytest.raises(SystemExit):
         command(lock.main, *flags, "--compile", "always")  # as a GPU chooses
-    monkeypatch.setattr(utils, "has_amx", lambda: False)
+    monkeypatch.setattr(utils, "bfloat16_unit", lambda: None)
     monkeypatch.setitem(lock.BATCH_SIZES, "cpu", 50)
     command(lock.main, *flags)
     assert sizes == [60, 36, 36, 60, 36]
@@ -441,10 +441,10 @@ def test_more_choices_that_no_lock_makes(place, locked, user_error, name):
 def test_every_environment_stands_in_the_manifest(place, command, monkeypatch, tmp_path):
     interrupt(monkeypatch, at=3)
     flags = [*lock_flags(place, tmp_path), "--precision", "float32"]
-    monkeypatch.setattr("utils.has_amx", lambda: True)
+    monkeypatch.setattr("utils.bfloat16_unit", lambda: "AMX")
     with pytest.raises(SystemExit):
         command(lock.main, *flags)
-    monkeypatch.setattr("utils.has_amx", lambda: False)
+    monkeypatch.setattr("utils.bfloat16_unit", lambda: None)
     command(lock.main, *flags)
     assert [", AMX" in one["device"] for one in manifest_of(tmp_path)["made_with"]] == [True, False]
 

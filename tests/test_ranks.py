@@ -10,7 +10,7 @@ from tests.conftest import lock_flags
 UNLIKE = """
 import os
 import lock, utils
-utils.has_amx = lambda: os.environ.get("RANK") == "1"
+utils.bfloat16_unit = lambda: "AMX" if os.environ.get("RANK") == "1" else None
 utils.run_command(lock.main)
 """
 
