@@ -1,6 +1,6 @@
 # make demo   locks scikit-learn's digits, and trains on them
 # make test   runs the tests
-# make bench  measures how fast the attack and the training are, against the original's way
+# make bench  measures how fast the attack and the training are, against the authors' way
 # Each first makes a virtual environment in VENV, and installs requirements.txt, pytest and ruff there, once.
 VENV ?= .venv
 PYTHON ?= python3

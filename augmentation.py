@@ -15,13 +15,10 @@ from data import DATASETS, read_image, to_float
 
 def random_crop(images, padding=4):
     """Each image [N, C, H, W] cut at its own random place out of its zero-padded self, at the same size."""
-    n, channels, height, width = images.shape
-    device = images.device
-    rows = torch.randint(2 * padding + 1, (n, 1), device=device) + torch.arange(height, device=device)
-    columns = torch.randint(2 * padding + 1, (n, 1), device=device) + torch.arange(width, device=device)
-    padded = F.pad(images, [padding] * 4)
-    n, channels = torch.arange(n, device=device), torch.arange(channels, device=device)
-    return padded[n[:, None, None, None], channels[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+    n, _, height, width = images.shape
+    rows, columns = (torch.randint(2 * padding + 1, (n,), device=images.device) for _ in range(2))
+    windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # views [N, C, row, column, H, W]
+    return windows[torch.arange(n, device=images.device), :, rows, columns]
 
 
 def random_flip(images):

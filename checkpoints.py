@@ -12,8 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 import utils
 from config import CONFIG, FREE_ON_RESUME
-from lockfiles import load_whole, serialize
-from utils import UserError, flatten, write_file
+from utils import UserError, flatten, load_whole, serialize, write_file
 
 
 class Learner(NamedTuple):
@@ -89,11 +88,16 @@ def background():
             last.result()
 
 
+def best_record(history):
+    """The record of the evaluation with the largest locked accuracy; the first of equals."""
+    return max(history, key=lambda record: record["locked_acc"])
+
+
 def keep_epoch(start, checkpoint, learner, epoch, record, history, config, data_hash):
     """Add an epoch's record, if it has one, to the history, and start writing its checkpoint: as the best one too,
     where the locked accuracy is the largest so far."""
-    is_best = record and record["locked_acc"] > max((earlier["locked_acc"] for earlier in history), default=-1)
     history += [record] if record else []
+    is_best = best_record(history)["epoch"] == epoch
     start(write_checkpoint, checkpoint, snapshot(learner, epoch, history, config, data_hash), is_best)
 
 
@@ -138,5 +142,5 @@ def restore(state, learner, config, data_hash):
     torch.set_rng_state(state["rng"])
     if on_gpu(learner) and state["cuda_rng"] is not None:
         torch.cuda.set_rng_state(state["cuda_rng"])
-    elif on_gpu(learner):  # from a CPU, which keeps no state of it; what ran on a GPU before that drew from the seed
+    elif on_gpu(learner):  # the epoch before ran on a CPU, which keeps no state of a GPU: draw anew
         torch.cuda.manual_seed(config.seed + state["epoch"])

@@ -1,7 +1,5 @@
 """The keys of a config.yaml: defaults, what they mean, which values they can have, and how a file is read."""
 
-import math
-from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,25 +8,24 @@ from easydict import EasyDict
 
 from data import DATASETS
 from models import MODELS
-from utils import COMPILE, MAX_SEED, PRECISIONS, UserError, check_known, did_you_mean, flatten
-
-MANY = 10**9
+from utils import COMPILE, MAX_SEED, PRECISIONS, UserError, check_known, did_you_mean, flatten, nest
 
 
 class Key(NamedTuple):
-    """A key of config.yaml: its default, or a type where the file must give it; what --help says; a number's range."""
+    """A key of config.yaml: its default, or a type if the file must give it; the text of --help; what it can be."""
 
     default: object
     help: str
-    low: float = -math.inf
-    high: float = math.inf
+    low: float = -(10**9)
+    high: float = 10**9
+    choices: tuple = ()
 
 
-# The keys are CIFAR-ZOO's and the original's, but for seed, precision, compile, cutmix, cutmix_alpha, train_on,
+# The keys are CIFAR-ZOO's and the authors', but for seed, precision, compile, cutmix, cutmix_alpha, train_on,
 # preprocess and adversarial, which are new.
 KEYS = {
-    "architecture": Key(str, "one of models/, as preresnet110"),
-    "dataset": Key(str, "cifar10, digits or folder"),
+    "architecture": Key(str, "one of models/, as preresnet110", choices=tuple(MODELS)),
+    "dataset": Key(str, "cifar10, digits or folder", choices=tuple(DATASETS)),
     "orig_data_path": Key(str, "folder of the original data set"),
     "locked_train_image": Key("./data/train_image_basic", "locked file"),
     "locked_train_label": Key("./data/train_label_basic", "locked file"),
@@ -36,58 +33,59 @@ KEYS = {
     "locked_test_label": Key("./data/test_label_basic", "locked file"),
     "ckpt_path": Key("./", "folder of the checkpoints, below the run's"),
     "ckpt_name": Key("ckpt", "name of the checkpoints, without .pth.tar"),
-    "num_classes": Key(10, "number of classes", 1, MANY),
+    "num_classes": Key(10, "number of classes", 1),
     "use_gpu": Key(True, "train on the GPU, if there is one"),
     "input_size": Key(32, "accepted, not used: images tell their size themselves"),
-    "epochs": Key(250, "passes over the training set", 1, MANY),
-    "batch_size": Key(128, "images in a training step", 1, MANY),
-    "test_batch": Key(200, "images evaluated at once", 1, MANY),
-    "eval_freq": Key(2, "evaluate every VALUE epochs, and after the first and the last", 1, MANY),
+    "epochs": Key(250, "passes over the training set", 1),
+    "batch_size": Key(128, "images in a training step", 1),
+    "test_batch": Key(200, "images evaluated at once", 1),
+    "eval_freq": Key(2, "evaluate every VALUE epochs, and after the first and the last", 1),
     "workers": Key(4, "accepted, not used: images stay on the device"),
     "seed": Key(0, "seed of weights, order and augmentation", 0, MAX_SEED),
-    "precision": Key("auto", "auto (as begun, or half precision where that is faster), float32, bfloat16 or float16"),
-    "compile": Key("auto", "auto (long runs on a GPU), always, never: torch.compile; on a GPU also a CUDA graph"),
+    "precision": Key(
+        "auto",
+        "auto (as begun, or half precision where that is faster), float32, bfloat16 or float16",
+        choices=("auto", *PRECISIONS),
+    ),
+    "compile": Key(
+        "auto", "auto (long runs on a GPU), always, never: torch.compile; on a GPU also a CUDA graph", choices=COMPILE
+    ),
     "optimize.momentum": Key(0.9, "momentum of SGD", 0, 1),
-    "optimize.weight_decay": Key(1e-4, "weight decay of SGD", 0, MANY),
+    "optimize.weight_decay": Key(1e-4, "weight decay of SGD", 0),
     "optimize.nesterov": Key(True, "Nesterov's momentum"),
     "mixup": Key(False, "blend training images in pairs"),
-    # a smaller alpha is not float32's: it draws 0.5, and not 0 or 1
-    "mixup_alpha": Key(0.4, "alpha of the Beta distribution of the blending weight", 0.01, MANY),
+    # with a smaller alpha, float32 would draw 0.5 instead of 0 or 1
+    "mixup_alpha": Key(0.4, "alpha of the Beta distribution of the blending weight", 0.01),
     "cutmix": Key(False, "put a piece of another image into each training image"),
-    "cutmix_alpha": Key(1.0, "alpha of the Beta distribution of the piece's area", 0.01, MANY),
-    "train_on": Key("locked", "locked or original images: a control"),
+    "cutmix_alpha": Key(1.0, "alpha of the Beta distribution of the piece's area", 0.01),
+    "train_on": Key("locked", "locked or original images: a control", choices=("locked", "original")),
     "preprocess.grayscale": Key(False, "take the colours away, in training and test sets"),
     # at most 2, for images of at least 8x8 pixels
     "preprocess.blur": Key(0.0, "standard deviation in pixels of a Gaussian blur, in training and test sets", 0, 2),
     "preprocess.bits": Key(8, "bits kept of each colour channel, in training and test sets", 1, 8),
     "preprocess.jpeg_quality": Key(0, "compress by JPEG of this quality, in training and test sets; 0: do not", 0, 100),
-    "adversarial.eps": Key(0.0, "adversarial training: L2 radius, in pixels of [0, 1]; 0: none", 0, MANY),
-    "adversarial.attack_lr": Key(0.1, "adversarial training: L2 length of a step", 0, MANY),
-    "adversarial.attack_steps": Key(7, "adversarial training: steps of an attack", 0, MANY),
+    "adversarial.eps": Key(0.0, "adversarial training: L2 radius, in pixels of [0, 1]; 0: none", 0),
+    "adversarial.attack_lr": Key(0.1, "adversarial training: L2 length of a step", 0),
+    "adversarial.attack_steps": Key(7, "adversarial training: steps of an attack", 0),
     "augmentation.normalize": Key(False, "subtract the data set's mean, divide by its standard deviation"),
     "augmentation.random_crop": Key(True, "crop out of the image padded by 4 zeros"),
-    "augmentation.random_horizontal_filp": Key(True, "mirror half of the images"),  # the original's spelling
+    "augmentation.random_horizontal_filp": Key(True, "mirror half of the images"),  # the authors' spelling
     "augmentation.cutout": Key(False, "blank out squares"),
-    "augmentation.holes": Key(1, "squares per image", 0, MANY),
-    "augmentation.length": Key(8, "side of a square in pixels", 0, MANY),
-    "lr_scheduler.type": Key("STEP", "STEP, COSINE or HTD"),
-    "lr_scheduler.base_lr": Key(0.1, "learning rate at the start", 0, MANY),
+    "augmentation.holes": Key(1, "squares per image", 0),
+    "augmentation.length": Key(8, "side of a square in pixels", 0),
+    "lr_scheduler.type": Key("STEP", "STEP, COSINE or HTD", choices=("STEP", "COSINE", "HTD")),
+    "lr_scheduler.base_lr": Key(0.1, "learning rate at the start", 0),
     "lr_scheduler.lr_epochs": Key([100, 150, 200], "STEP: epochs at which it drops, as [100, 150, 200]"),
-    "lr_scheduler.lr_mults": Key(0.1, "STEP: factor of a drop", 0, MANY),
-    "lr_scheduler.min_lr": Key(0.0, "COSINE, HTD: learning rate at the end", 0, MANY),
-    "lr_scheduler.lower_bound": Key(-6.0, "HTD: where on the tanh it starts", -MANY, MANY),
-    "lr_scheduler.upper_bound": Key(3.0, "HTD: where on the tanh it ends", -MANY, MANY),
+    "lr_scheduler.lr_mults": Key(0.1, "STEP: factor of a drop", 0),
+    "lr_scheduler.min_lr": Key(0.0, "COSINE, HTD: learning rate at the end", 0),
+    "lr_scheduler.lower_bound": Key(-6.0, "HTD: where on the tanh it starts"),
+    "lr_scheduler.upper_bound": Key(3.0, "HTD: where on the tanh it ends"),
 }
-CONFIG = {}  # the defaults, as a config.yaml nests them
-for _name, _key in KEYS.items():
-    _section, _, _last = _name.rpartition(".")
-    (CONFIG.setdefault(_section, {}) if _section else CONFIG)[_last] = _key.default
+CONFIG = nest({name: key.default for name, key in KEYS.items()})
 # A run may be resumed with other values of these keys: the data are compared themselves, not by their paths. So may
 # epochs, where the schedule is STEP. Any other key would make it a different run.
-FREE_ON_RESUME = {
-    *("eval_freq", "test_batch", "use_gpu", "compile", "workers", "input_size"),
-    *(key for key in CONFIG if key.startswith(("locked_", "orig_data", "ckpt_"))),
-}
+FREE_ON_RESUME = {"eval_freq", "test_batch", "use_gpu", "compile", "workers", "input_size"}
+FREE_ON_RESUME |= {key for key in CONFIG if key.startswith(("locked_", "orig_data", "ckpt_"))}
 ALIASES = {"data_path": "orig_data_path"}  # CIFAR-ZOO's name: ours
 
 
@@ -114,17 +112,17 @@ def load_config(path, overrides):
         # text stays text where text is wanted: a folder named 1e3 is no number
         as_text = KEYS[key].default is str or isinstance(KEYS[key].default, str)
         given[key], where[key] = text if as_text else parse_value(text), f"--{key}"
-    config = EasyDict(deepcopy(CONFIG))
+    values = flatten(CONFIG)
     for key, value in given.items():
         if isinstance(CONFIG.get(key), dict):
             raise UserError(f"{where[key]}: expected keys below it, like {', '.join(CONFIG[key])}")
         if key not in KEYS:
             raise UserError(f"{path}: unknown key '{key}'{did_you_mean(key, KEYS)}")
-        section, _, name = key.rpartition(".")
-        (config[section] if section else config)[name] = convert(value, KEYS[key].default, where[key])
+        values[key] = convert(value, KEYS[key].default, where[key])
     missing = [name for name, key in KEYS.items() if key.default is str and name not in given]
     if missing:
         raise UserError(f"{path}: the key '{missing[0]}' is missing")
+    config = EasyDict(nest(values))
     check_values(config, where)
     return config
 
@@ -166,15 +164,11 @@ def convert(value, default, where):
 
 def check_values(config, where):
     """Raise UserError where a value of the config is not one that it can have; where says, by key, how to name it."""
-    check_known(config.architecture, MODELS, where["architecture"])
-    check_known(config.dataset, DATASETS, where["dataset"])
-    check_known(config.precision, ("auto", *PRECISIONS), where["precision"])
-    check_known(config.compile, COMPILE, where["compile"])
-    check_known(config.train_on, ("locked", "original"), where["train_on"])
-    check_known(config.lr_scheduler.type, ("STEP", "COSINE", "HTD"), where["lr_scheduler.type"])
     for name, value in flatten(config).items():
-        low, high = KEYS[name].low, KEYS[name].high
-        if isinstance(value, (int, float)) and not low <= value <= high:  # not so for NaN either
+        _, _, low, high, choices = KEYS[name]
+        if choices:
+            check_known(value, choices, where[name])
+        elif isinstance(value, (int, float)) and not low <= value <= high:  # nor NaN
             raise UserError(f"{where[name]} is {value}; it must lie between {low} and {high}")
     if config.adversarial.eps > 0 and config.augmentation.normalize:
         raise UserError(f"{where['adversarial.eps']} is in pixels of [0, 1]; set augmentation.normalize to False")

@@ -3,6 +3,7 @@
 import itertools
 import os
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +38,7 @@ class Dataset(NamedTuple):
     mean and std are the numbers that its pixels in [0, 1] are normalised with, one for each channel.
     """
 
-    load: callable
+    load: Callable
     mean: tuple
     std: tuple
 
@@ -181,15 +182,12 @@ def read_image(file):
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-CIFAR_STATISTICS = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-DIGITS_STATISTICS = (0.3054,) * 3, (0.3228,) * 3  # of the training set, after enlarging
-ROUND_STATISTICS = (0.5,) * 3, (0.25,) * 3  # round numbers: of these images nothing is known
-
+CIFAR = Dataset(load_cifar10, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
 DATASETS = {
-    "cifar": Dataset(load_cifar10, *CIFAR_STATISTICS),  # robustness' name for it
-    "cifar10": Dataset(load_cifar10, *CIFAR_STATISTICS),  # CIFAR-ZOO's
-    "digits": Dataset(load_digits, *DIGITS_STATISTICS),
-    "folder": Dataset(load_folder, *ROUND_STATISTICS),
+    "cifar": CIFAR,  # robustness' name for it
+    "cifar10": CIFAR,  # CIFAR-ZOO's
+    "digits": Dataset(load_digits, mean=(0.3054,) * 3, std=(0.3228,) * 3),  # of the training set, after enlarging
+    "folder": Dataset(load_folder, mean=(0.5,) * 3, std=(0.25,) * 3),  # round numbers: of these images nothing is known
 }
 
 

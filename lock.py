@@ -5,7 +5,7 @@
 
 Every image is attacked by targeted PGD in an L2 ball, each class towards another by a fixed map, and the
 attacks of a method are blended and laid side by side. Writes, for train and test, a file of images and one of
-labels, and a manifest that says how they were made and how well the lock took. A command that was interrupted
+labels, and a manifest that says how they were made and how strong the lock is. A command that was interrupted
 goes on where it was when it is given again. The method: Hu et al., 2020, arXiv:2002.03793.
 
     python lock.py --verify ./data
@@ -30,7 +30,7 @@ from data import DATASETS, SPLITS, to_float, to_uint8
 from graphs import Compiled
 from lockfiles import Paths, sha256
 from methods import METHODS, attacks_of, combine, parameters_of, target_maps
-from models.base import Surrogate, load_classifier
+from models.base import FoldedClassifier, load_classifier
 from ranks import Ranks
 from utils import COMPILE, PRECISIONS, UserError, number, parse_seed, write_file
 
@@ -58,16 +58,16 @@ def measure(classifier, images, locked, labels, targets):
     }
 
 
-def lock_batch(classifier, surrogate, images, labels, maps, split, methods, args, on_step):
+def lock_batch(classifier, folded, maps, args, images, labels, split, methods, on_step):
     """Lock images uint8 [N, 3, H, W] with labels int64 [N] by each of the methods, attacking each target map once.
 
-    The surrogate is what is attacked; the classifier, which it stands for, predicts and measures. Returns, by method, a
+    The folded classifier is what is attacked; the classifier itself predicts and measures. Returns, by method, a
     pair of the locked images uint8 and what was measured, one number an image, by name; all of it on the CPU.
     """
     originals = to_float(images)
     with torch.no_grad():
         predictions = classifier(originals).argmax(1)
-        if not surrogate(originals).isfinite().all():
+        if not folded(originals).isfinite().all():
             remedy = "" if args.precision == "float32" else "choose --precision float32, or "
             raise UserError(f"the base classifier gives NaN or infinity: {remedy}train it again")
     # what the classifier predicts, on the test set: so that an image without a label can be locked too
@@ -76,7 +76,7 @@ def lock_batch(classifier, surrogate, images, labels, maps, split, methods, args
     for name in attacks_of(methods):
         targets[name] = torch.tensor(maps[name], device=images.device)[classes]
         attacked[name] = attack(
-            surrogate, originals, targets[name], args.eps, args.attack_lr, args.attack_steps, on_step=on_step
+            folded, originals, targets[name], args.eps, args.attack_lr, args.attack_steps, on_step=on_step
         )
         with torch.no_grad():
             reached[name] = classifier(attacked[name]).argmax(1) == targets[name]
@@ -93,7 +93,7 @@ def lock_batch(classifier, surrogate, images, labels, maps, split, methods, args
     return results
 
 
-def lock_split(classifier, surrogate, images, labels, maps, split, locks, args, device, ranks):
+def lock_split(lock, images, labels, split, locks, args, device, ranks):
     """Lock a split, one batch a rank at a time; writes a shard for each batch and method that has none yet.
 
     locks gives the Paths of each method.
@@ -106,7 +106,7 @@ def lock_split(classifier, surrogate, images, labels, maps, split, locks, args, 
         ranks.say(f"{split}: going on after {len(batches) - len(todo)} of {len(batches)} batches")
     sizes = {start: len(labels[batches[start]]) for start, _ in todo}
     evaluations = (args.attack_steps + 1) * sum(sizes[start] * len(attacks_of(methods)) for start, methods in todo)
-    begun = time.time()
+    t0 = time.time()
     with tqdm(
         desc=split,
         unit="image",
@@ -121,10 +121,10 @@ def lock_split(classifier, surrogate, images, labels, maps, split, locks, args, 
                 start, methods = together[ranks.rank]
                 batch, batch_labels = images[batches[start]].to(device), labels[batches[start]].to(device)
                 advance = partial(progress.update, sum(sizes[start] for start, _ in together))
-                results = lock_batch(classifier, surrogate, batch, batch_labels, maps, split, methods, args, advance)
+                results = lock(batch, batch_labels, split, methods, advance)
             made = ranks.gather((results, utils.environment(device)))
             ranks.on_rank0(shards.write_all, locks, split, [start for start, _ in together], made)
-    seconds, count = time.time() - begun, sum(sizes.values())
+    seconds, count = time.time() - t0, sum(sizes.values())
     ranks.say(f"{split}: {count} images in {seconds:.0f} s, {count / seconds:.1f} a second")
 
 
@@ -132,7 +132,7 @@ def lock_split(classifier, surrogate, images, labels, maps, split, locks, args, 
 
 
 def report(summary):
-    """How well a lock took, as lines of text, from the numbers of summarize."""
+    """How strong a lock is, as lines of text, from the numbers of summarize."""
     attacks = ", ".join(f"{name} {share:.2%}" for name, share in summary["attacks"].items())
     psnr = "infinite" if summary["psnr"] is None else f"{summary['psnr']:.2f} dB"
     unchanged = f", {summary['unchanged']} images unchanged" if summary["unchanged"] else ""
@@ -183,10 +183,10 @@ def lock_dataset(args):
     chosen = ranks.on_rank0(choose, args, locks, classifier, splits, device)
     args.precision, why, args.compile, args.batch_size = chosen
     utils.check_size(classifier, to_float(splits["train"].images[:1]).to(device), f"--arch {args.arch}")
-    surrogate = Surrogate(classifier, PRECISIONS[args.precision])
+    folded = FoldedClassifier(classifier, PRECISIONS[args.precision])
     if args.compile == "always":
         batch_size = min(args.batch_size, len(splits["train"].labels))
-        surrogate.model.forward = Compiled(surrogate.model.forward, batch_size, ranks.say)
+        folded.model.forward = Compiled(folded.model.forward, batch_size, ranks.say)
     maps, base_sha256 = target_maps(len(classes), args.manual_seed), sha256(Path(args.resume_path).read_bytes())
     hashes = shards.hash_originals(splits)
     settings = {method: shards.settings_of(method, classes, hashes, maps, base_sha256, args) for method in locks}
@@ -203,8 +203,9 @@ def lock_dataset(args):
             kept = [classes[index] for index, target in enumerate(maps[name]) if index == target]
             if kept:
                 ranks.say(f"the target map {name} sends {', '.join(kept)} to itself")
+        lock = partial(lock_batch, classifier, folded, maps, args)
         for split, (images, labels, *_) in splits.items():
-            lock_split(classifier, surrogate, images, labels, maps, split, todo, args, device, ranks)
+            lock_split(lock, images, labels, split, todo, args, device, ranks)
         ranks.on_rank0(write_locks, locks, manifests, settings, splits, args)
     ranks.close()
 
@@ -223,7 +224,7 @@ def check_alike(settings):
 
 
 def write_locks(locks, manifests, settings, splits, args):
-    """Write the files of every lock, or what a finished one lacks of them, and say how well each took."""
+    """Write the files of every lock, or what a finished one lacks of them, and say how strong each is."""
     key = sealing.make_key(args.key_out) if args.key_out else None
     for method, paths in locks.items():
         if manifests[method]:
@@ -235,9 +236,9 @@ def write_locks(locks, manifests, settings, splits, args):
 
 
 def choose(args, locks, classifier, splits, device):
-    """Precision, why, compile, batch size: as the flags say, or as one of the locks has it, or as suits the device.
+    """Precision, why, compile, batch size: from the flags, or else as a lock was begun, or else what suits the device.
 
-    The number of methods does not count, so that each gets the files that it gets alone.
+    The number of methods does not count, so that each gets the same files as alone.
     """
     begun = {} if args.overwrite else shards.earlier_choices(locks)
     precision, why = utils.pick_precision(args.precision, device, classifier, begun.get("precision"))
@@ -374,7 +375,7 @@ def parse_arguments():
         default=23,
         help="seed of the target maps of more than ten classes; the attack draws nothing (default: %(default)s)",
     )
-    add("--workers", type=int, default=8, help="accepted as the original's, not used: images are read as one tensor")
+    add("--workers", type=int, default=8, help="accepted, not used: images are read as one tensor")
     add("--overwrite", action="store_true", help="lock again what is finished, or was begun with other settings")
     add(
         "--format",

@@ -4,7 +4,6 @@ import hashlib
 import io
 import itertools
 import json
-import zipfile
 from numbers import Real
 from pathlib import Path
 
@@ -13,16 +12,16 @@ from PIL import Image
 
 from data import SPLITS, check_names, is_plain, read_image, to_uint8
 from methods import METHODS, TARGET_MAPS, parameters_of
-from utils import UserError, discard, first_line, naming, sync_folder
+from utils import UserError, discard, first_line, naming, serialize, sync_folder
 
 # Names of files
 
 
 def lock_suffix(method, alpha=0.5, lambd=0.5):
-    """The end of a locked file's name: the original's basic, 50_mixup, 50_horiz and mixandcat.
+    """The end of a locked file's name: basic, 50_mixup, 50_horiz or mixandcat, as in the authors' code.
 
-    The original's mixandcat carries neither parameter; here it does where one differs from 0.5,
-    as 30_50_mixandcat for alpha 0.3, so that two such locks never share a name.
+    Theirs of mixandcat carries neither parameter; here it does where one differs from 0.5, as 30_50_mixandcat
+    for alpha 0.3, so that two such locks never share a name.
     """
     values = {"alpha": alpha, "lambd": lambd}
     percents = [f"{100 * values[name]:.12g}" for name in parameters_of(method)]  # int(100 * 0.29) would be 28
@@ -235,15 +234,8 @@ def check_unlisted(paths, manifest):
 # Writing
 
 
-def serialize(value):
-    """What torch.save writes of tensors and plain values, as bytes."""
-    file = io.BytesIO()
-    torch.save(value, file)
-    return file.getvalue()
-
-
 def to_bytes(tensor):
-    """What a locked file holds: torch.save of a list of one tensor, as the original's lists of batches."""
+    """What a locked file holds: torch.save of a list of one tensor, as the authors' lists of batches."""
     return serialize([tensor.clone()])  # cloned, since a slice would be saved with all that it is a slice of
 
 
@@ -263,18 +255,6 @@ def write_tree(folder, part):
 
 
 # Reading
-
-
-def load_whole(path):
-    """What torch.save wrote, of tensors and plain values only, on the CPU; raises where the file is damaged.
-
-    torch.load alone notices hardly any flipped bit: the checksums of the archive are compared here.
-    """
-    with zipfile.ZipFile(path) as file:
-        damaged = file.testzip()
-    if damaged:
-        raise ValueError(f"the checksum of {damaged} is wrong")
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def from_bytes(content, path):
@@ -359,7 +339,7 @@ def load_locked(image_path, label_path, lock_flags=""):
     """Locked images uint8 [N, 3, H, W], labels int64 [N], and their manifest, from a pair of files.
 
     Where a manifest stands beside the images, both files must be those that it names, and where it names PNG files
-    only, these are read. Without one, reads the same files, and the original's lists of float32 batches in [0, 1],
+    only, these are read. Without one, reads the same files, and the authors' lists of float32 batches in [0, 1],
     which are rounded to the nearest 8-bit value; the manifest is then None. Raises UserError naming the file
     where one is absent, damaged or does not fit. lock_flags, such as " --dataset digits", go into the command
     that the error for an absent file names.

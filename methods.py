@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import torch
 
-# True class -> target class, in CIFAR-10's order. T2 keeps class 9 and T4 class 7, as the original does.
+# True class -> target class, in CIFAR-10's order. T2 keeps class 9 and T4 class 7, as the authors' do.
 TARGET_MAPS = {
     "T1": (8, 3, 1, 0, 2, 4, 9, 6, 7, 5),
     "T2": (4, 2, 3, 5, 7, 1, 8, 0, 6, 9),
@@ -28,7 +28,8 @@ def attacks_of(methods):
 def parameters_of(method):
     """The parameters that a method reads, in the order in which a file's name gives them."""
     sides = METHODS[method]
-    return ["alpha"] * (len(sides) == 2) + ["lambd"] * (len(sides[0]) == 2)
+    parameters = ["alpha"] if len(sides) == 2 else []
+    return parameters + (["lambd"] if len(sides[0]) == 2 else [])
 
 
 def target_maps(num_classes, seed):

@@ -33,7 +33,7 @@ class Ranks:
         return values
 
     def on_rank0(self, function, *args):
-        """What function(*args) returns, called on rank 0 alone; its error ends every rank, and is told once."""
+        """What function(*args) returns, on every rank, called on rank 0 alone; its error is told once, and ends all."""
         if self.count == 1:
             return function(*args)
         outcome = [None, None]

@@ -1,7 +1,7 @@
 """A lock in the making: finished batches are kept as shards until all are, and then become the files of the lock.
 
-The settings of a lock decide its bytes. What was begun or finished with some settings is never continued or
-replaced with others unasked.
+The settings of a lock decide its bytes. A lock that was begun or finished is never continued or replaced with other
+settings, unless --overwrite says so.
 """
 
 import itertools
@@ -192,14 +192,14 @@ def write_all(locks, split, starts, made):
         for method, (locked, measured) in results.items():
             path = shard_path(locks[method], split, start)
             shard = {"of": path.name, "locked": locked, "measured": measured, "made_with": made_with}
-            write_file(path, lockfiles.serialize(shard))
+            write_file(path, utils.serialize(shard))
 
 
 def read_shard(paths, split, start):
     """A shard as the dict that was written, or None where there is none, or none that is whole."""
     path = shard_path(paths, split, start)
     try:
-        shard = lockfiles.load_whole(path)
+        shard = utils.load_whole(path)
         return shard if shard["of"] == path.name else None
     except Exception:  # absent, or damaged, which fails in many ways; all mean the same: this batch is to be locked
         return None

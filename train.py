@@ -31,7 +31,7 @@ from tqdm import tqdm
 import utils
 from attack import attack
 from augmentation import as_inputs, augment, make_mixer, preprocess
-from checkpoints import Learner, background, best_of, keep_epoch, on_gpu, read_checkpoint, restore
+from checkpoints import Learner, background, best_of, best_record, keep_epoch, on_gpu, read_checkpoint, restore
 from config import FREE_ON_RESUME, KEYS, load_config
 from data import DATASETS, SPLITS, canonical_name, is_plain, to_float
 from graphs import Captured, Compiled
@@ -68,7 +68,7 @@ def make_learner(model, config):
     device = next(model.parameters()).device
     lr = torch.tensor(config.lr_scheduler.base_lr, device=device)  # a tensor: a step in a CUDA graph reads it anew
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, fused=True, **config.optimize)
-    if config.optimize.momentum:  # fused, SGD begins with what is in memory, where float16 has it skip the first step
+    if config.optimize.momentum:  # fused SGD would leave it uninitialised where float16 has it skip the first step
         for parameter in model.parameters():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return Learner(model, optimizer, torch.amp.GradScaler(device.type, enabled=config.precision == "float16"))
@@ -159,9 +159,9 @@ def load_data(config):
     original = DATASETS[config.dataset].load(config.orig_data_path, "test")
     data, manifests = {}, {}
     for split in SPLITS:
-        *data[f"locked_{split}"], manifests[split] = load_locked(
-            config[f"locked_{split}_image"], config[f"locked_{split}_label"], flags
-        )
+        files = [config[f"locked_{split}_{kind}"] for kind in ("image", "label")]
+        images, labels, manifests[split] = load_locked(*files, flags)
+        data[f"locked_{split}"] = images, labels
     data["original"] = original.images, original.labels
     for name, (images, labels) in data.items():
         where = config.get(f"{name}_image", config.orig_data_path)
@@ -298,7 +298,7 @@ def check_fresh(folder, checkpoint):
 def summary(config, suffix, name, history):
     """What result.json says of a run: accuracies in percent, at the last evaluation and at the best on locked ones."""
     method, parameters = parse_suffix(suffix)
-    last, best = history[-1], max(history, key=lambda record: record["locked_acc"])
+    last, best = history[-1], best_record(history)
     return {
         "architecture": config.architecture,
         "dataset": config.dataset,
@@ -479,7 +479,7 @@ def run(args, config, data, manifest, folder, suffix):
         log("the locked files have no manifest (lock_*.json): what they were made of and from is not verified")
     labels, original_labels = data["locked_test"][1], data["original"][1]
     if not torch.equal(labels, original_labels[: len(labels)]):
-        log("warning: the locked test labels are not the original's: another order, or another data set?")
+        log("warning: the labels of the locked and the original test set differ: another order, or another data set?")
     checkpoint = folder / config.ckpt_path / f"{config.ckpt_name}.pth.tar"
     utils.make_folder(checkpoint.parent)
     data_hash = fingerprint(data)
@@ -498,7 +498,7 @@ def run(args, config, data, manifest, folder, suffix):
     made_with = note_start(folder / "made_with.json", epochs, device)
     with background() as start:  # a checkpoint of vgg19 takes about as long to write as an epoch on a GPU
         keep = partial(keep_epoch, start, checkpoint, learner, history=history, config=config, data_hash=data_hash)
-        if done == config.epochs and history[-1]["epoch"] < done:  # it was to go on when it was trained
+        if done == config.epochs and evaluated < done:  # it was to go on when it was trained
             keep(done, {"epoch": done, **evaluate_both(learner.model, data, done, config, writers)})
         for epoch in epochs:
             keep(epoch, run_epoch(learner, step, data, epoch, config, writers, log))

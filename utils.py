@@ -1,9 +1,10 @@
-"""What lock.py, train.py and models/base.py share: user errors, writing files, devices, provenance."""
+"""What all modules share: user errors and flags, files, devices, provenance."""
 
 import argparse
 import copy
 import difflib
 import errno
+import io
 import math
 import os
 import platform
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -99,14 +101,14 @@ def printable(text):
     return "".join(character if character.isprintable() else " " for character in str(text))
 
 
-def check_known(name, known, what):
-    """Raise UserError, listing the known names, where name is none of them; what says where it stands."""
+def check_known(name, known, where):
+    """Raise UserError, listing the known names, if name is none of them; where says what named it."""
     if name not in known:
-        raise UserError(f"{what}: unknown name '{name}'; known are {', '.join(known)}")
+        raise UserError(f"{where}: unknown name '{name}'; known are {', '.join(known)}")
 
 
 def did_you_mean(word, known):
-    """'; did you mean ...?' with the known words that it is the end of, or else the nearest; or nothing."""
+    """'; did you mean ...?', with the known names that end in the word, or else the nearest one; '' without any."""
     ends = [name for name in known if name.endswith((f"_{word}", f".{word}"))]
     near = ends or difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
@@ -117,7 +119,7 @@ def did_you_mean(word, known):
 
 @contextmanager
 def naming(path):
-    """Let every OSError inside name a file, this one if no other: that of a full disk does not by itself."""
+    """Let every OSError inside name a file: this one, unless it names one already (that of a full disk does not)."""
     try:
         yield
     except OSError as error:
@@ -143,6 +145,25 @@ def write_file(path, content):
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def serialize(value):
+    """What torch.save writes of tensors and plain values, as bytes."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def load_whole(path):
+    """What torch.save wrote, of tensors and plain values only, on the CPU; raises where the file is damaged.
+
+    torch.load alone notices hardly any flipped bit: the checksums of the archive are compared here.
+    """
+    with zipfile.ZipFile(path) as file:
+        damaged = file.testzip()
+    if damaged:
+        raise ValueError(f"the checksum of {damaged} is wrong")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def sync_folder(path):
@@ -215,6 +236,18 @@ def flatten(tree, prefix=""):
     for key, value in tree.items():
         flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return flat
+
+
+def nest(flat):
+    """{'a.b': 1} as {'a': {'b': 1}}, the inverse of flatten."""
+    tree = {}
+    for key, value in flat.items():
+        *sections, name = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = value
+    return tree
 
 
 def differing(one, other):
@@ -298,8 +331,8 @@ def describe_precision(precision, why, compile):
     return f"in {precision} ({why})" + (", compiled" if compile == "always" else "")
 
 
-def check_size(model, images, what):
-    """Raise UserError where a model does not take images [N, 3, H, W] of this size; what says where it was named."""
+def check_size(model, images, where):
+    """Raise UserError if a model does not take images [N, 3, H, W] of this size; where says what named the model."""
     try:
         with torch.no_grad():
             model.eval()(images)
@@ -308,7 +341,7 @@ def check_size(model, images, what):
     except (RuntimeError, AssertionError) as error:
         size = f"{images.shape[3]}x{images.shape[2]}"
         raise UserError(
-            f"{what}: does not take images of {size} pixels ({first_line(error)}); choose another, as preresnet20"
+            f"{where}: does not take images of {size} pixels ({first_line(error)}); choose another, as preresnet20"
         ) from error
 
 

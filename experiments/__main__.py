@@ -52,14 +52,14 @@ VARIANTS = {
     "cutmix": {"cutmix": True},
     "adversarial": {"adversarial.eps": 0.5},
 }
-# What costs accuracy where there is no lock, too, has a control that tells how much.
+# What costs accuracy even without a lock has a control, which tells how much.
 VARIANTS |= {
     f"control_{name}": {**VARIANTS["control"], **keys}
     for name, keys in VARIANTS.items()
     if any(key.startswith(("preprocess.", "adversarial.")) for key in keys)
 }
 
-# From the original's README: accuracy in % on the original and on the locked test set of CIFAR-10.
+# From the README of the authors' code: accuracy in % on the original and on the locked test set of CIFAR-10.
 PAPER = {
     ("densenet100bc", "basic"): (22.78, 94.70),
     ("densenet100bc", "horiz"): (29.69, 94.62),
@@ -433,7 +433,8 @@ def main():
             raise UserError(f"--work-path {folder}: no such folder")
     groups = gather(args.work_path)
     if not groups:
-        here = " (--work-path results shows what was measured for the README)" * (args.work_path == ["experiments"])
+        where = " (--work-path results shows what was measured for the README)"
+        here = where if args.work_path == ["experiments"] else ""
         raise UserError(f"{', '.join(args.work_path)}: holds no result.json; run train.py, or --run{here}")
     print(table(groups))
     if args.plot:

@@ -33,9 +33,8 @@ import utils
 from augmentation import color_jitter, random_crop, random_flip, random_rotation
 from data import DATASETS, SPLITS, to_float
 from graphs import Compiled
-from lockfiles import serialize
 from models import MODELS
-from utils import COMPILE, PRECISIONS, UserError, write_file
+from utils import COMPILE, PRECISIONS, UserError, serialize, write_file
 
 # To run robustness today
 
@@ -199,7 +198,7 @@ def load_classifier(path, arch, dataset, num_classes=10):
     return nn.Sequential(model.normalizer, model.model).requires_grad_(False).eval()
 
 
-class Surrogate(nn.Module):
+class FoldedClassifier(nn.Module):
     """A classifier of load_classifier, made fast to take gradients of: its logits are the same, but for rounding.
 
     Computes in dtype and channels_last, with every batch norm that directly follows a convolution folded into it.

@@ -5,7 +5,7 @@ from torch import nn
 
 from attack import attack, gradient_of, project
 from models import MODELS
-from models.base import AttackerModel, DummyModel, Surrogate, attacker_model, cuda_optional, robustness_datasets
+from models.base import AttackerModel, DummyModel, FoldedClassifier, attacker_model, cuda_optional, robustness_datasets
 from tests.conftest import small_classifier
 from utils import PRECISIONS, bfloat16_unit, pick_device, pick_precision
 
@@ -135,8 +135,8 @@ def test_the_gradient_is_every_images_own_also_where_float16_has_none():
 
 
 def small_classifier_in(classifier, dtype):
-    """The surrogate of a classifier that needs no normalisation."""
-    return Surrogate(nn.Sequential(nn.Identity(), classifier), dtype)
+    """A FoldedClassifier of a classifier that needs no normalisation."""
+    return FoldedClassifier(nn.Sequential(nn.Identity(), classifier), dtype)
 
 
 def test_a_constant_classifier_has_no_gradient():
@@ -147,16 +147,16 @@ def test_a_constant_classifier_has_no_gradient():
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "vgg11", "densenet_cifar", "preresnet8", "resnet20", "densenet100bc"])
-def test_the_surrogate_is_the_classifier_with_batch_norm_folded(arch):
+def test_the_folded_classifier_is_the_classifier_with_batch_norm_folded(arch):
     model = attacker_model(arch, "cifar").requires_grad_(False).eval().double()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             for values in (module.running_mean, module.running_var, module.weight, module.bias):
                 values.uniform_(0.5, 1.5)
     classifier = nn.Sequential(model.normalizer, model.model)
-    surrogate, images = Surrogate(classifier, torch.float64), torch.rand(2, 3, 32, 32, dtype=torch.float64)
-    torch.testing.assert_close(surrogate(images), classifier(images), rtol=1e-9, atol=1e-9)
-    before, after = (sum(isinstance(m, nn.BatchNorm2d) for m in one.modules()) for one in (classifier, surrogate))
+    folded, images = FoldedClassifier(classifier, torch.float64), torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(folded(images), classifier(images), rtol=1e-9, atol=1e-9)
+    before, after = (sum(isinstance(m, nn.BatchNorm2d) for m in one.modules()) for one in (classifier, folded))
     assert after < 0.6 * before  # pre-activation has some that follow a sum
 
 

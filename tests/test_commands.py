@@ -372,7 +372,7 @@ def test_labels_of_another_order_are_told(place, locked, command, capsys):
     labels = torch.cat(torch.load(locked / "test_label_basic")).flip(0)
     (locked / "test_label_basic").write_bytes(lockfiles.to_bytes(labels))
     command(train.main, "--work-path", place / "preresnet8", "--lock-data", locked, "--seed", 41, "--epochs", 1)
-    assert "warning: the locked test labels are not the original's" in capsys.readouterr().out
+    assert "warning: the labels of the locked and the original test set differ" in capsys.readouterr().out
 
 
 def test_a_base_classifier_is_trained_as_its_flags_say(monkeypatch, command, tmp_path):

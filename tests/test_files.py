@@ -1,4 +1,4 @@
-"""Locked files, in this project's form and in the original's, and what is wrong with them."""
+"""Locked files, in this project's form and in the authors', and what is wrong with them."""
 
 import errno
 import io
@@ -15,9 +15,9 @@ import data
 import lockfiles
 import shards
 from data import to_uint8
-from lockfiles import Paths, load_locked, load_whole
+from lockfiles import Paths, load_locked
 from tests.conftest import Malicious
-from utils import UserError, exclusive, printable, run_command, sync_folder, write_file
+from utils import UserError, exclusive, load_whole, printable, run_command, sync_folder, write_file
 
 IMAGES = torch.arange(5 * 3 * 4 * 4).remainder(256).to(torch.uint8).view(5, 3, 4, 4)
 LABELS = torch.tensor([3, 1, 4, 1, 5])

@@ -11,7 +11,7 @@ from torch import nn
 import utils
 from attack import attack
 from graphs import Captured, Compiled
-from models.base import Surrogate
+from models.base import FoldedClassifier
 from tests.conftest import config_of, small_classifier
 from tests.test_graphs import train_some
 from utils import PRECISIONS
@@ -55,10 +55,10 @@ def test_training_is_the_plain_one(device, tmp_path, keys, way):
 def test_the_attack_is_that_of_a_cpu(device, precision, compile):
     classifier, images, targets = small_classifier(), torch.rand(16, 3, 16, 16), torch.arange(16) % 10
     expected = attack(classifier, images, targets, 0.5, 0.1, 20)
-    surrogate = Surrogate(nn.Sequential(nn.Identity(), classifier).to(device), PRECISIONS[precision])
+    folded = FoldedClassifier(nn.Sequential(nn.Identity(), classifier).to(device), PRECISIONS[precision])
     if compile:
-        surrogate.model.forward = Compiled(surrogate.model.forward, len(images))
-    attacked = attack(surrogate, images.to(device), targets.to(device), 0.5, 0.1, 20).cpu()
+        folded.model.forward = Compiled(folded.model.forward, len(images))
+    attacked = attack(folded, images.to(device), targets.to(device), 0.5, 0.1, 20).cpu()
     classifier.cpu()
     if precision == "float32":
         assert difference(attacked - images, expected - images) < 0.05

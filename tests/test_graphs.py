@@ -17,9 +17,9 @@ import lock
 import lockfiles
 import train
 from graphs import Captured, Compiled
-from lockfiles import Paths, load_whole
+from lockfiles import Paths
 from tests.conftest import config_of, lock_flags, new_learner
-from utils import UserError
+from utils import UserError, load_whole
 
 
 def tensors(tree):

@@ -1,6 +1,7 @@
 import argparse
 import os
 import pickle
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from utils import UserError
 
 
 def test_target_maps():
-    """The maps as the original's code gives them, and what is known of them."""
+    """The maps as the authors' code gives them, and what is known of them."""
     t1, t2, t3, t4 = TARGET_MAPS.values()
     assert [sorted(target_map) for target_map in (t1, t2, t3, t4)] == [list(range(10))] * 4
     fixed = {name: [c for c in range(10) if target_map[c] == c] for name, target_map in TARGET_MAPS.items()}
@@ -107,7 +108,8 @@ def lock_by(method, folder, classifier, images, labels, split, **flags):
     paths.partial.mkdir()
     args, maps = argparse.Namespace(**flags), target_maps(10, seed=0)
     device = torch.device("cpu")
-    lock.lock_split(classifier, classifier, images, labels, maps, split, {method: paths}, args, device, Ranks())
+    attack = partial(lock.lock_batch, classifier, classifier, maps, args)
+    lock.lock_split(attack, images, labels, split, {method: paths}, args, device, Ranks())
     locked, measured, made_with = shards.read_shards(paths, split, range(0, len(images), args.batch_size))
     assert {one["device"][:3] for one in made_with} == {"CPU"}
     return locked, measured
@@ -275,31 +277,31 @@ class Constant(nn.Module):
         return F.one_hot(torch.full((len(images),), 3), 10).float()
 
 
-def measured_of(classifier, surrogate):
+def measured_of(classifier, folded):
     """What lock_batch measures of ten images, one of each class, locked by basic."""
     args = argparse.Namespace(eps=0.5, attack_lr=0.1, attack_steps=1, alpha=0.5, lambd=0.5, precision="bfloat16")
     images, labels = torch.randint(256, (10, 3, 16, 16), dtype=torch.uint8), torch.arange(10)
-    batch = classifier, surrogate, images, labels, target_maps(10, 0), "test", ["basic"]
-    return lock.lock_batch(*batch, args, lambda: None)["basic"][1]
+    constants = classifier, folded, target_maps(10, 0), args
+    return lock.lock_batch(*constants, images, labels, "test", ["basic"], lambda: None)["basic"][1]
 
 
-def test_the_classifier_and_not_its_surrogate_predicts_and_measures():
+def test_the_classifier_and_not_the_folded_one_predicts_and_measures():
     measured = measured_of(Constant(), small_classifier())
     true = F.one_hot(torch.tensor(3), 10).float()
     assert torch.equal(measured["base"], true) and torch.equal(measured["to_true"], true)
     assert not measured["T1"].any() and not measured["to_target"].any()
 
 
-def test_a_surrogate_that_gives_nan_is_not_attacked():
-    surrogate = small_classifier()
-    surrogate[7].bias.data.fill_(torch.nan)
+def test_a_folded_classifier_that_gives_nan_is_not_attacked():
+    folded = small_classifier()
+    folded[7].bias.data.fill_(torch.nan)
     with pytest.raises(UserError, match="the base classifier gives NaN or infinity"):
-        measured_of(Constant(), surrogate)
+        measured_of(Constant(), folded)
 
 
 def test_a_lock_computes_in_its_precision_and_compiles_its_batches(place, command, monkeypatch, tmp_path):
-    made, surrogate = [], lock.Surrogate
-    monkeypatch.setattr(lock, "Surrogate", lambda *args: made.append(args[1]) or surrogate(*args))
+    made, folded = [], lock.FoldedClassifier
+    monkeypatch.setattr(lock, "FoldedClassifier", lambda *args: made.append(args[1]) or folded(*args))
     monkeypatch.setattr(lock, "Compiled", lambda forward, size, say: made.append(size) or forward)
     flags = [*lock_flags(place, tmp_path), "--batch-size", 500, "--precision", "bfloat16", "--compile", "always"]
     command(lock.main, *flags)

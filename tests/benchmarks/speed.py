@@ -1,11 +1,11 @@
-"""How fast the attack and the training are, against the original's way, measured side by side: make bench
+"""How fast the attack and the training are, against the authors' way, measured side by side: make bench
 
     python -m tests.benchmarks.speed preresnet vgg
 
 measures only the lines whose names have one of the words. --profile also says what a call of ours spends its time in.
 What is printed is Markdown, so that a file of it is the record of a run.
 
-The original's way is robustness' AttackerModel in float32, attacking once for every attack of every method, and, for
+The authors' way is robustness' AttackerModel in float32, attacking once for every attack of every method, and, for
 training, PIL transforms in loader workers, float32, images in torch's default memory format; on a GPU with TF32 in
 convolutions, which is torch's default. Ours is what auto picks. Both ways get random images and untrained models, by
 turns, and the best of several rounds counts; what the first call takes longer, compiling, is told apart. What the whole
@@ -50,7 +50,7 @@ from data import Split, to_float
 from graphs import Compiled
 from methods import METHODS, attacks_of, target_maps
 from models import MODELS
-from models.base import Batches, Surrogate, accuracies, attacker_model, augment_photos, cuda_optional, speed_up
+from models.base import Batches, FoldedClassifier, accuracies, attacker_model, augment_photos, cuda_optional, speed_up
 from utils import UserError
 
 
@@ -64,7 +64,7 @@ class Size(NamedTuple):
     rounds: int
     base_batch: int
     models: dict
-    workers: tuple  # loader workers of the original's way: of a training, and of the base classifier's
+    workers: tuple  # loader workers of the authors' way: of a training, and of the base classifier's
     together: tuple  # models that are also trained several at once
     jobs: int  # in how many processes
 
@@ -137,7 +137,7 @@ def cost_of(model, dtype, passes):
 
 
 def robustness_attack(model, images, targets, steps):
-    """robustness' own attack, as the original calls it."""
+    """robustness' own attack, as the authors call it."""
     with cuda_optional():
         options = {"constraint": "2", "targeted": True, "eps": 0.5, "step_size": 0.1, "iterations": steps}
         return model(images, targets, make_adv=True, **options)
@@ -154,9 +154,9 @@ def attack_works(device, precision, size):
     dtype = utils.PRECISIONS[precision]
     model = attacker_model("resnet50", "cifar").to(device).eval()
     classifier = torch.nn.Sequential(model.normalizer, model.model).requires_grad_(False)
-    surrogate = Surrogate(classifier, dtype)
+    folded = FoldedClassifier(classifier, dtype)
     if compile_on(device) == "always":
-        surrogate.model.forward = Compiled(surrogate.model.forward, size.batch)
+        folded.model.forward = Compiled(folded.model.forward, size.batch)
     images = torch.randint(256, (size.batch, 3, 32, 32), dtype=torch.uint8, device=device)
     labels = torch.arange(size.batch, device=device) % 10
     few, few_labels = to_float(images[: size.reference_batch]), labels[: size.reference_batch]
@@ -168,7 +168,7 @@ def attack_works(device, precision, size):
         LOCK,
         lambda: robustness_attack(model, few, few_labels, size.steps),
         len(few) * size.steps,
-        lambda: attack(surrogate, to_float(images), labels, 0.5, 0.1, size.steps),
+        lambda: attack(folded, to_float(images), labels, 0.5, 0.1, size.steps),
         len(images) * size.steps,
         cost_of(classifier, dtype, passes),
     )
@@ -178,9 +178,7 @@ def attack_works(device, precision, size):
         LOCK,
         lambda: [robustness_attack(model, few, few_labels, size.steps) for _ in range(attacks)],
         len(few) * size.steps,
-        lambda: lock.lock_batch(
-            classifier, surrogate, images, labels, maps, "train", list(METHODS), args, lambda: None
-        ),
+        lambda: lock.lock_batch(classifier, folded, maps, args, images, labels, "train", list(METHODS), lambda: None),
         len(images) * size.steps,
         cost_of(classifier, dtype, 4 * passes + 10 / size.steps),  # it looks at the originals and the attacks too
     )
@@ -242,7 +240,7 @@ def base_works(device, precision, size):
 
 
 def train_reference(model, optimizer, loader, device):
-    """An epoch of the original's trainer."""
+    """An epoch of the authors' trainer."""
     model.train()
     for inputs, targets in loader:
         loss = F.cross_entropy(model(inputs.to(device)), targets.to(device))
@@ -264,7 +262,7 @@ def our_epoch(name, device, precision, size):
 def training_works(device, precision, size):
     """The lines about training: each model alone, then some of them several at once, timed for an image of any.
 
-    The original's way is one process in both cases.
+    The authors' way is one process in both cases.
     """
     works = {}
     for name, batch_size in size.models.items():
@@ -420,8 +418,8 @@ def main():
     print(f"torch {torch.__version__}{cudnn}, Python {platform.python_version()}.")
     print(f"Peak, as measured: {rates[0] / 1e12:.2f} TFLOP/s in a matrix product, {rates[1] / 1e9:.0f} GB/s in a copy.")
     works = chain(*(kind(device, precision, size) for kind in (attack_works, base_works, training_works)))
-    columns = "work, for one image", "the original's way, ms", "ours, ms", "ratio", "of peak FLOP/s"
-    columns += "of peak bandwidth", "first call, s", "the whole, the original's way", "the whole, ours"
+    columns = "work, for one image", "the authors' way, ms", "ours, ms", "ratio", "of peak FLOP/s"
+    columns += "of peak bandwidth", "first call, s", "the whole, the authors' way", "the whole, ours"
     print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     profiles = {}
     for work in tqdm(works, leave=False, disable=None):
