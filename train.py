@@ -9,36 +9,30 @@ of each lock method and seed: experiments/cifar10/preresnet110/basic/seed0; with
 """
 
 import hashlib
-import io
 import itertools
 import json
 import math
 import shlex
-import shutil
-import sys
 import time
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
-from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
+import runs
 import utils
 from attack import attack
 from augmentation import as_inputs, augment, make_mixer, preprocess
-from checkpoints import Learner, background, best_of, best_record, keep_epoch, on_gpu, read_checkpoint, restore
-from config import FREE_ON_RESUME, KEYS, load_config
-from data import DATASETS, SPLITS, canonical_name, is_plain, to_float
+from checkpoints import Learner, background, keep_epoch, on_gpu, read_checkpoint, restore
+from config import KEYS, load_config
+from data import DATASETS, SPLITS, canonical_name, is_plain
 from graphs import Captured, Compiled
-from lockfiles import Paths, hash_tensor, load_locked, lock_suffix, parse_suffix, split_path
+from lockfiles import Paths, hash_tensor, load_locked, lock_suffix, split_path
 from methods import METHODS
 from models import MODELS
-from utils import PRECISIONS, UserError, flatten, number, write_file
+from utils import PRECISIONS, UserError, number, write_file
 
 # Training
 
@@ -223,14 +217,6 @@ def fingerprint(data):
     return digest.hexdigest()
 
 
-def pictures(originals, locked):
-    """A grid [3, H', W'] in [0, 1] of three rows: originals, locked images, and grey plus ten times the difference."""
-    originals, locked = to_float(originals), to_float(locked)
-    difference = (0.5 + 10 * (locked - originals)).clamp(0, 1)
-    grid = make_grid(torch.cat([originals, locked, difference]), nrow=len(originals), pad_value=1)
-    return F.interpolate(grid[None], scale_factor=3)[0]
-
-
 # A run
 
 
@@ -271,106 +257,6 @@ def parse_arguments():
             path = Path(args.lock_data, path.name)
         config[key] = str(path)
     return args, config
-
-
-def prepare_folder(folder, args):
-    """Empty a run's folder, but for --resume; raises UserError where that would lose a run."""
-    found = [path for path in folder.iterdir() if path.name != ".lock"]
-    if args.resume or not found:
-        return
-    if not args.overwrite:
-        raise UserError(
-            f"{folder} holds a run already: go on with --resume, start again with --overwrite, or set --seed"
-        )
-    for path in found:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def check_fresh(folder, checkpoint):
-    """Raise UserError where --resume finds no checkpoint, but results, which starting again would overwrite."""
-    for path in [folder / "result.json", *folder.rglob("*.pth.tar")]:
-        if path.exists() and path != best_of(checkpoint):  # a run stopped in its first epoch may have that one alone
-            raise UserError(
-                f"--resume: there is {path}, but no {checkpoint} to go on from; start again with --overwrite"
-            )
-
-
-def summary(config, suffix, name, history):
-    """What result.json says of a run: accuracies in percent, at the last evaluation and at the best on locked ones."""
-    method, parameters = parse_suffix(suffix)
-    last, best = history[-1], best_record(history)
-    return {
-        "architecture": config.architecture,
-        "dataset": config.dataset,
-        "lock_method": method,
-        **parameters,
-        "name": name,
-        "seed": config.seed,
-        "epochs": last["epoch"],
-        "locked_acc": last["locked_acc"],
-        "orig_acc": last["orig_acc"],
-        "best_epoch": best["epoch"],
-        "best_locked_acc": best["locked_acc"],
-        "orig_acc_at_best": best["orig_acc"],
-        "max_orig_acc": max(record["orig_acc"] for record in history),
-    }
-
-
-def is_finished(path, epochs):
-    """Whether a file is the result.json of a run of so many epochs."""
-    try:
-        return json.loads(path.read_text())["epochs"] == epochs
-    except (OSError, ValueError, KeyError, TypeError):  # absent, or damaged
-        return False
-
-
-def note_start(path, epochs, device):
-    """Add to the list in a JSON file how and on what a run trains some epochs, a range; returns the list.
-
-    Earlier starts of which no epoch was kept are taken out.
-    """
-    try:
-        starts = json.loads(path.read_text()) if path.exists() else []
-        starts = [start for start in starts if start["from_epoch"] < epochs.start]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: damaged ({utils.first_line(error)}); delete it, and the run goes on") from error
-    if epochs:
-        start = {
-            "from_epoch": epochs.start,
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        }
-        starts.append({**start, **utils.environment(device), "commit": utils.commit()})
-        write_file(path, json.dumps(starts, indent=1).encode())
-    return starts
-
-
-def log_to(path):
-    """A function that prints a line, and appends it to the file with the time."""
-
-    def log(line):
-        print(line, flush=True)
-        with utils.naming(path), open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n")
-
-    return log
-
-
-def open_writers(folder, first_epoch):
-    """TensorBoard writers of a run, of its locked and of its original test set; the latter two share their charts."""
-    folders = {"run": folder, "locked": folder / "locked", "original": folder / "original"}
-    return {name: SummaryWriter(path, purge_step=first_epoch) for name, path in folders.items()}
-
-
-def add_hparams(writer, config, result):
-    """Write the config and the final accuracies to TensorBoard's table of hyper-parameters."""
-    values = {key: value for key, value in flatten(config).items() if key not in FREE_ON_RESUME}
-    values = {key: str(value) if isinstance(value, list) else value for key, value in values.items()}
-    metrics = {f"final/{name}": value for name, value in result.items() if name.endswith("_acc")}
-    for part in hparams({**values, "lock_method": result["lock_method"], "name": result["name"]}, metrics):
-        writer.file_writer.add_summary(part)  # SummaryWriter.add_hparams would make a run of its own
-    for name, value in metrics.items():
-        writer.add_scalar(name, value, result["epochs"])
 
 
 def check_loss(loss, epoch):
@@ -421,25 +307,6 @@ def run_epoch(learner, step, data, epoch, config, writers, log):
     return record
 
 
-def show_pictures(data, path, writer):
-    """Write the pictures of the first ten test images, to a PNG file and to TensorBoard."""
-    (originals, _), (locked, _) = data["original"], data["locked_test"]
-    grid, file = pictures(originals[: len(locked)][:10], locked[:10]), io.BytesIO()
-    writer.add_image("images/originals, locked, 10 x difference", grid)
-    save_image(grid, file, format="png")
-    write_file(path, file.getvalue())
-
-
-def outcome(result):
-    """What a run came to, as a line."""
-    return (
-        "{architecture}, {lock_method}{comma_name}, seed {seed}, {epochs} epochs: "
-        "locked {locked_acc:.2f} %, original {orig_acc:.2f} % "
-        "(best locked {best_locked_acc:.2f} % at epoch {best_epoch}, original then {orig_acc_at_best:.2f} %; "
-        "largest original {max_orig_acc:.2f} %)"
-    ).format(comma_name=result["name"] and f", {result['name']}", **result)
-
-
 def start_or_resume(resume, model, config, folder, checkpoint, data_hash, log):
     """The Learner of a model, how many epochs it has done, and their history: from the last whole checkpoint, if any.
 
@@ -456,7 +323,7 @@ def start_or_resume(resume, model, config, folder, checkpoint, data_hash, log):
         restore(state, learner, config, data_hash)
         return learner, state["epoch"], json.loads(state["history"])
     if resume:
-        check_fresh(folder, checkpoint)
+        runs.check_fresh(folder, checkpoint)
         log(f"nothing to resume in {checkpoint}: starting at epoch 1")
     return learner, 0, []
 
@@ -471,8 +338,8 @@ def run(args, config, data, manifest, folder, suffix):
     utils.check_size(model, image, config.architecture)
     utils.check_last_batch(model, image, len(data["train"][1]), config.batch_size, "batch_size")
 
-    prepare_folder(folder, args)
-    log = log_to(folder / "log.txt")
+    runs.prepare_folder(folder, args)
+    log = runs.log_to(folder / "log.txt")
     log(f"{config.architecture} on {suffix}, seed {config.seed}, on {device} ({reason}), in {folder}")
     log("images: " + ", ".join(f"{len(labels)} {name}" for name, (_, labels) in data.items()))
     if manifest is None:
@@ -486,24 +353,24 @@ def run(args, config, data, manifest, folder, suffix):
     config.compile = utils.pick_compile(config.compile, device.type == "cuda", config.epochs * len(data["train"][1]))
     learner, done, history = start_or_resume(args.resume, model, config, folder, checkpoint, data_hash, log)
     evaluated = history[-1]["epoch"] if history else 0  # the last epoch that was
-    if evaluated == config.epochs and is_finished(folder / "result.json", done):  # not written again, nor any curve
-        log(outcome(summary(config, suffix, args.name, history)))
+    if evaluated == config.epochs and runs.is_finished(folder / "result.json", done):  # nothing is written again
+        log(runs.outcome(runs.summary(config, suffix, args.name, history)))
         return
-    writers = open_writers(folder, done + 1)
+    writers = runs.open_writers(folder, done + 1)
     picture = folder / "images.png"
     if not done or not picture.exists():
-        show_pictures(data, picture, writers["run"])
+        runs.show_pictures(data, picture, writers["run"])
     data = {name: (images.to(device), labels.to(device)) for name, (images, labels) in data.items()}
     epochs, step = range(done + 1, config.epochs + 1), make_step(learner, config, log)
-    made_with = note_start(folder / "made_with.json", epochs, device)
+    made_with = runs.note_start(folder / "made_with.json", epochs, device)
     with background() as start:  # a checkpoint of vgg19 takes about as long to write as an epoch on a GPU
         keep = partial(keep_epoch, start, checkpoint, learner, history=history, config=config, data_hash=data_hash)
         if done == config.epochs and evaluated < done:  # it was to go on when it was trained
             keep(done, {"epoch": done, **evaluate_both(learner.model, data, done, config, writers)})
         for epoch in epochs:
             keep(epoch, run_epoch(learner, step, data, epoch, config, writers, log))
-    result = summary(config, suffix, args.name, history)
-    add_hparams(writers["run"], config, result)
+    result = runs.summary(config, suffix, args.name, history)
+    runs.add_hparams(writers["run"], config, result)
     for writer in writers.values():
         writer.close()
 
@@ -511,7 +378,7 @@ def run(args, config, data, manifest, folder, suffix):
     write_file(folder / "result.json", json.dumps(content, indent=1).encode())
     log(f"pictures (originals, locked, ten times the difference): {picture}")
     log(f"curves: tensorboard --logdir {shlex.quote(args.work_path)}")
-    log(outcome(result))
+    log(runs.outcome(result))
 
 
 def main():

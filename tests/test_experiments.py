@@ -15,7 +15,7 @@ import pytest
 import torch
 from torchvision.utils import save_image
 
-import train
+import runs
 import utils
 from experiments import __main__ as study
 from methods import METHODS
@@ -126,7 +126,7 @@ def test_originals_are_shown_once(tmp_path):
     for method, originals in {"basic": 0, "mixup": 0, "horiz": 9}.items():
         folder = tmp_path / method
         folder.mkdir()
-        grid = train.pictures(torch.full((2, 3, 8, 8), originals, dtype=torch.uint8), torch.zeros(2, 3, 8, 8).byte())
+        grid = runs.pictures(torch.full((2, 3, 8, 8), originals, dtype=torch.uint8), torch.zeros(2, 3, 8, 8).byte())
         save_image(grid, folder / "images.png")
         groups.append([{"dataset": "digits", "method": method, "lock_name": "", "folder": folder}])
     assert [len(rows) / grid.shape[1] > 0.7 for rows in study.pictures(groups).values()] == [True, False, True]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from easydict import EasyDict
 from torch import nn
 
+import runs
 import train
 from config import CONFIG
 from tests.conftest import config_of, learner_of, new_learner, two_tones
@@ -180,7 +181,7 @@ def test_pictures():
     originals = torch.full((2, 3, 4, 4), 100, dtype=torch.uint8)
     locked = originals.clone()
     locked[0] += 5
-    grid = train.pictures(originals, locked)
+    grid = runs.pictures(originals, locked)
     assert grid.shape == (3, 3 * 20, 3 * 14)  # three rows of two, two pixels apart, enlarged three times
     rows = grid[0, 3 * 3 :: 3 * 6, 3 * 3 :: 3 * 6]
     expected = torch.tensor([[100, 100], [105, 100], [127.5 + 50, 127.5]]) / 255
@@ -191,7 +192,7 @@ def test_summary():
     accuracies = [(1, 50, 58), (2, 95, 30), (3, 94, 21)]
     history = [{"epoch": e, "locked_acc": locked, "orig_acc": orig} for e, locked, orig in accuracies]
     config = EasyDict(architecture="vgg19", dataset="cifar10", seed=4)
-    assert train.summary(config, "50_horiz", "jpeg", history) == {
+    assert runs.summary(config, "50_horiz", "jpeg", history) == {
         "architecture": "vgg19", "dataset": "cifar10", "lock_method": "horiz", "alpha": 0.5, "name": "jpeg", "seed": 4,
         "epochs": 3,
         "locked_acc": 94, "orig_acc": 21, "best_epoch": 2, "best_locked_acc": 95, "orig_acc_at_best": 30,
@@ -271,5 +272,5 @@ def test_evaluation_leaves_the_model_as_it_is():
 
 def test_what_a_start_lost_is_not_noted(tmp_path):
     for first in (1, 3, 3):
-        starts = train.note_start(tmp_path / "made_with.json", range(first, 6), torch.device("cpu"))
+        starts = runs.note_start(tmp_path / "made_with.json", range(first, 6), torch.device("cpu"))
     assert [start["from_epoch"] for start in starts] == [1, 3]

@@ -1,0 +1,157 @@
+"""The folder of a run of train.py: what may be in it when it starts, its log, curves and pictures, and its result."""
+
+import io
+import json
+import shlex
+import shutil
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from torchvision.utils import make_grid, save_image
+
+import utils
+from checkpoints import best_of, best_record
+from config import FREE_ON_RESUME
+from data import to_float
+from lockfiles import parse_suffix
+from utils import UserError, flatten, write_file
+
+# Before it starts
+
+
+def prepare_folder(folder, args):
+    """Empty a run's folder, but for --resume; raises UserError where that would lose a run."""
+    found = [path for path in folder.iterdir() if path.name != ".lock"]
+    if args.resume or not found:
+        return
+    if not args.overwrite:
+        raise UserError(
+            f"{folder} holds a run already: go on with --resume, start again with --overwrite, or set --seed"
+        )
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def check_fresh(folder, checkpoint):
+    """Raise UserError where --resume finds no checkpoint, but results, which starting again would overwrite."""
+    for path in [folder / "result.json", *folder.rglob("*.pth.tar")]:
+        if path.exists() and path != best_of(checkpoint):  # a run stopped in its first epoch may have that one alone
+            raise UserError(
+                f"--resume: there is {path}, but no {checkpoint} to go on from; start again with --overwrite"
+            )
+
+
+def note_start(path, epochs, device):
+    """Add to the list in a JSON file how and on what a run trains some epochs, a range; returns the list.
+
+    Earlier starts of which no epoch was kept are taken out.
+    """
+    try:
+        starts = json.loads(path.read_text()) if path.exists() else []
+        starts = [start for start in starts if start["from_epoch"] < epochs.start]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: damaged ({utils.first_line(error)}); delete it, and the run goes on") from error
+    if epochs:
+        start = {
+            "from_epoch": epochs.start,
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        }
+        starts.append({**start, **utils.environment(device), "commit": utils.commit()})
+        write_file(path, json.dumps(starts, indent=1).encode())
+    return starts
+
+
+# Log, curves, pictures
+
+
+def log_to(path):
+    """A function that prints a line, and appends it to the file with the time."""
+
+    def log(line):
+        print(line, flush=True)
+        with utils.naming(path), open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n")
+
+    return log
+
+
+def open_writers(folder, first_epoch):
+    """TensorBoard writers of a run, of its locked and of its original test set; the latter two share their charts."""
+    folders = {"run": folder, "locked": folder / "locked", "original": folder / "original"}
+    return {name: SummaryWriter(path, purge_step=first_epoch) for name, path in folders.items()}
+
+
+def pictures(originals, locked):
+    """A grid [3, H', W'] in [0, 1] of three rows: originals, locked images, and grey plus ten times the difference."""
+    originals, locked = to_float(originals), to_float(locked)
+    difference = (0.5 + 10 * (locked - originals)).clamp(0, 1)
+    grid = make_grid(torch.cat([originals, locked, difference]), nrow=len(originals), pad_value=1)
+    return F.interpolate(grid[None], scale_factor=3)[0]
+
+
+def show_pictures(data, path, writer):
+    """Write the pictures of the first ten test images, to a PNG file and to TensorBoard."""
+    (originals, _), (locked, _) = data["original"], data["locked_test"]
+    grid, file = pictures(originals[: len(locked)][:10], locked[:10]), io.BytesIO()
+    writer.add_image("images/originals, locked, 10 x difference", grid)
+    save_image(grid, file, format="png")
+    write_file(path, file.getvalue())
+
+
+# What it came to
+
+
+def summary(config, suffix, name, history):
+    """What result.json says of a run: accuracies in percent, at the last evaluation and at the best on locked ones."""
+    method, parameters = parse_suffix(suffix)
+    last, best = history[-1], best_record(history)
+    return {
+        "architecture": config.architecture,
+        "dataset": config.dataset,
+        "lock_method": method,
+        **parameters,
+        "name": name,
+        "seed": config.seed,
+        "epochs": last["epoch"],
+        "locked_acc": last["locked_acc"],
+        "orig_acc": last["orig_acc"],
+        "best_epoch": best["epoch"],
+        "best_locked_acc": best["locked_acc"],
+        "orig_acc_at_best": best["orig_acc"],
+        "max_orig_acc": max(record["orig_acc"] for record in history),
+    }
+
+
+def outcome(result):
+    """What a run came to, as a line."""
+    return (
+        "{architecture}, {lock_method}{comma_name}, seed {seed}, {epochs} epochs: "
+        "locked {locked_acc:.2f} %, original {orig_acc:.2f} % "
+        "(best locked {best_locked_acc:.2f} % at epoch {best_epoch}, original then {orig_acc_at_best:.2f} %; "
+        "largest original {max_orig_acc:.2f} %)"
+    ).format(comma_name=result["name"] and f", {result['name']}", **result)
+
+
+def is_finished(path, epochs):
+    """Whether a file is the result.json of a run of so many epochs."""
+    try:
+        return json.loads(path.read_text())["epochs"] == epochs
+    except (OSError, ValueError, KeyError, TypeError):  # absent, or damaged
+        return False
+
+
+def add_hparams(writer, config, result):
+    """Write the config and the final accuracies to TensorBoard's table of hyper-parameters."""
+    values = {key: value for key, value in flatten(config).items() if key not in FREE_ON_RESUME}
+    values = {key: str(value) if isinstance(value, list) else value for key, value in values.items()}
+    metrics = {f"final/{name}": value for name, value in result.items() if name.endswith("_acc")}
+    for part in hparams({**values, "lock_method": result["lock_method"], "name": result["name"]}, metrics):
+        writer.file_writer.add_summary(part)  # SummaryWriter.add_hparams would make a run of its own
+    for name, value in metrics.items():
+        writer.add_scalar(name, value, result["epochs"])
