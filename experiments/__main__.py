@@ -152,33 +152,41 @@ def find_results(folder):
         seen.add(root)
 
 
+def read_result(path):
+    """The content of a result.json, with what a table and a plot need of it; raises UserError where it is damaged."""
+    try:
+        result = {"name": "", **json.loads(path.read_text()), "folder": path.parent}
+        result["dataset"] = canonical_name(result["dataset"])
+        result.update({key: float(result[key]) for key in ("locked_acc", "orig_acc")})
+        result["method"] = method_of(result)
+        result["settings"] = settings_of(result)
+        # but for the seed, what makes it this run; :s and :d refuse values of other types
+        same = "{dataset} {architecture:s} {method} {name:s} {epochs:d}".format(**result)
+        result["group"] = json.dumps([same, result["settings"]])
+        result["id"] = json.dumps([result["seed"], result["history"]])
+        result["curves"] = {
+            key: {record["epoch"]: float(record[key]) for record in result["history"]}
+            for key in ("locked_acc", "orig_acc")
+        }
+        result["most"] = max(result["curves"]["orig_acc"].values())
+        result["images"] = result["lock"] and result["lock"]["report"]["train"]["images"]
+        result["lock_name"] = lock_of(result)
+        return result
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: not a result of train.py, or damaged; take it away, and train.py --resume writes it again"
+        ) from error
+
+
 def gather(folders):
-    """The content of every result.json below the folders, and its folder, put together where only the seed differs.
+    """Every result.json below the folders, as read_result, put together where only the seed differs.
 
     Returns a list of lists of results. Copies of a result count once.
     """
     groups = {}
     for path in sorted({path for folder in folders for path in find_results(folder)}):
-        try:
-            result = {"name": "", **json.loads(path.read_text()), "folder": path.parent}
-            result["dataset"] = canonical_name(result["dataset"])
-            result.update({key: float(result[key]) for key in ("locked_acc", "orig_acc")})
-            result["method"] = method_of(result)
-            same = "{dataset} {architecture:s} {method} {name:s} {epochs:d}".format(**result)
-            result["settings"] = settings_of(result)
-            result["curves"] = {
-                key: {record["epoch"]: float(record[key]) for record in result["history"]}
-                for key in ("locked_acc", "orig_acc")
-            }
-            result["most"] = max(result["curves"]["orig_acc"].values())
-            result["images"] = result["lock"] and result["lock"]["report"]["train"]["images"]
-            result["lock_name"] = lock_of(result)
-            group = groups.setdefault(json.dumps([same, result["settings"]]), {})
-            group[json.dumps([result["seed"], result["history"]])] = result
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path}: not a result of train.py, or damaged; take it away, and train.py --resume writes it again"
-            ) from error
+        result = read_result(path)
+        groups.setdefault(result["group"], {})[result["id"]] = result
     found = sorted(([*group.values()] for group in groups.values()), key=place_in_table)
     tell_apart(found)
     return found
