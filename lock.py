@@ -177,12 +177,13 @@ def lock_dataset(args):
         raise UserError(f"{args.orig_data}: images of one class cannot be sent to another; lock at least two classes")
     device, reason = utils.pick_device()
     torch.backends.cudnn.benchmark = True
-    classifier = load_classifier(args.resume_path, args.arch, args.dataset, len(classes)).to(device)
+    classifier = load_classifier(args.resume_path, args.arch, args.dataset, len(classes))
+    utils.check_size(classifier, to_float(splits["train"].images[:1]), f"--arch {args.arch}")
+    classifier.to(device)
     suffixes = {method: lockfiles.lock_suffix(method, args.alpha, args.lambd) for method in args.lock_method}
     locks = {method: Paths(args.lock_data, suffix) for method, suffix in suffixes.items()}
     chosen = ranks.on_rank0(choose, args, locks, classifier, splits, device)
     args.precision, why, args.compile, args.batch_size = chosen
-    utils.check_size(classifier, to_float(splits["train"].images[:1]).to(device), f"--arch {args.arch}")
     folded = FoldedClassifier(classifier, PRECISIONS[args.precision])
     if args.compile == "always":
         batch_size = min(args.batch_size, len(splits["train"].labels))

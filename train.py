@@ -51,10 +51,10 @@ def learning_rate(config, epoch):
     return schedule.min_lr + (schedule.base_lr - schedule.min_lr) * factor
 
 
-def make_model(config, device):
-    """A new model, as the config says and on the device."""
+def make_model(config):
+    """A new model, as the config says."""
     # channels_last is the order in which convolutions are fast, on CPUs as on GPUs
-    return MODELS[config.architecture](num_classes=config.num_classes).to(device, memory_format=torch.channels_last)
+    return MODELS[config.architecture](num_classes=config.num_classes).to(memory_format=torch.channels_last)
 
 
 def make_learner(model, config):
@@ -333,10 +333,10 @@ def run(args, config, data, manifest, folder, suffix):
     device, reason = utils.pick_device(config.use_gpu)
     torch.manual_seed(config.seed)
     torch.backends.cudnn.benchmark = True
-    model = make_model(config, device)
-    image = as_inputs(data["original"][0][:1].to(device), config)
+    model, image = make_model(config), as_inputs(data["original"][0][:1], config)
     utils.check_size(model, image, config.architecture)
     utils.check_last_batch(model, image, len(data["train"][1]), config.batch_size, "batch_size")
+    model.to(device)
 
     runs.prepare_folder(folder, args)
     log = runs.log_to(folder / "log.txt")

@@ -137,7 +137,7 @@ def small_classifier(classes=10):
 
 def new_learner(config, device="cpu"):
     """What trains a new model, as train.py does."""
-    return train.make_learner(train.make_model(config, torch.device(device)), config)
+    return train.make_learner(train.make_model(config).to(device), config)
 
 
 def config_of(tmp_path, text=MINIMAL, **overrides):

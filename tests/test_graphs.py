@@ -105,7 +105,7 @@ def train_some(config, change=lambda step: step, epochs=3, device="cpu"):
     learner = new_learner(config, device)
     images, labels = torch.randint(256, (44, 3, 8, 8), dtype=torch.uint8), torch.arange(44) % 10
     images, labels = images.to(device), labels.to(device)
-    step = change(train.make_step(learner, config))
+    step = change(train.make_step(learner, config, say=pytest.fail))
     results = []
     for epoch in range(epochs):
         learner.optimizer.param_groups[0]["lr"].fill_(0.1 / (epoch + 1))

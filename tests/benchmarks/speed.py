@@ -255,7 +255,7 @@ def our_epoch(name, device, precision, size):
     images, labels = (tensor.to(device) for tensor in random_split(size.batches * batch_size))
     keys = {"architecture": name, "precision": precision, "compile": compile_on(device), "batch_size": batch_size}
     config = EasyDict(CONFIG | keys)
-    step = train.make_step(train.make_learner(train.make_model(config, device), config), config)
+    step = train.make_step(train.make_learner(train.make_model(config).to(device), config), config)
     return lambda: train.train_epoch(step, images, labels, config)
 
 
@@ -368,11 +368,17 @@ def duration(seconds):
 
 
 def profile(function, device):
-    """The 15 operations or, on a GPU, kernels that a call spends most of its time in, as lines."""
+    """The 15 operations or, on a GPU, kernels that a call spends most of its time in, as lines.
+
+    Without any, there are no lines: those of other processes are not seen.
+    """
     with torch.profiler.profile(acc_events=True) as profiler:
         seconds(function, device)
     kind = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    events = sorted(profiler.key_averages(), key=lambda event: getattr(event, kind), reverse=True)
+    # a kernel is an event of the GPU, and counts at the operation that launched it, too; here once
+    events = [event for event in profiler.key_averages() if event.device_type.name.lower() == device.type]
+    events = [event for event in events if not event.is_user_annotation]
+    events.sort(key=lambda event: getattr(event, kind), reverse=True)
     total = sum(getattr(event, kind) for event in events)
     for event in events[:15]:
         time = getattr(event, kind)
