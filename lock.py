@@ -96,7 +96,7 @@ def lock_batch(classifier, folded, maps, args, images, labels, split, methods, o
 def lock_split(lock, images, labels, split, locks, args, device, ranks):
     """Lock a split, one batch a rank at a time; writes a shard for each batch and method that has none yet.
 
-    locks gives the Paths of each method.
+    lock is lock_batch, given what is the same for every batch; locks gives the Paths of each method.
     """
     batches = {start: slice(start, start + args.batch_size) for start in range(0, len(images), args.batch_size)}
     todo = list(ranks.on_rank0(shards.missing, locks, split, batches).items())

@@ -181,7 +181,7 @@ def test_attacks_in_half_precision_do_what_those_in_float32_do(precision):
     ],
 )
 def test_the_precision_on_a_cpu(features, unit, monkeypatch):
-    """Some multiply matrices of bfloat16, which helps no model of depthwise convolutions or attention."""
+    """Some CPUs multiply matrices of bfloat16, which helps no model of depthwise convolutions or attention."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
     assert bfloat16_unit() == unit
     device, _ = pick_device()

@@ -108,8 +108,8 @@ def lock_by(method, folder, classifier, images, labels, split, **flags):
     paths.partial.mkdir()
     args, maps = argparse.Namespace(**flags), target_maps(10, seed=0)
     device = torch.device("cpu")
-    attack = partial(lock.lock_batch, classifier, classifier, maps, args)
-    lock.lock_split(attack, images, labels, split, {method: paths}, args, device, Ranks())
+    lock_batch = partial(lock.lock_batch, classifier, classifier, maps, args)
+    lock.lock_split(lock_batch, images, labels, split, {method: paths}, args, device, Ranks())
     locked, measured, made_with = shards.read_shards(paths, split, range(0, len(images), args.batch_size))
     assert {one["device"][:3] for one in made_with} == {"CPU"}
     return locked, measured

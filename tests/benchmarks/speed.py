@@ -376,8 +376,11 @@ def profile(function, device):
         seconds(function, device)
     kind = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     # a kernel is an event of the GPU, and counts at the operation that launched it, too; here once
-    events = [event for event in profiler.key_averages() if event.device_type.name.lower() == device.type]
-    events = [event for event in events if not event.is_user_annotation]
+    events = [
+        event
+        for event in profiler.key_averages()
+        if event.device_type.name.lower() == device.type and not event.is_user_annotation
+    ]
     events.sort(key=lambda event: getattr(event, kind), reverse=True)
     total = sum(getattr(event, kind) for event in events)
     for event in events[:15]:
