@@ -14,7 +14,7 @@ demo: $(INSTALLED)
 		--out-dir ./logs/checkpoints/digits --exp-name preresnet8
 	$(BIN)/python lock.py --dataset digits --arch preresnet8 --lock-data ./data/digits --overwrite \
 		--resume-path ./logs/checkpoints/digits/preresnet8/checkpoint.pt.best \
-		--lock-method basic --eps 2.0 --attack-lr 0.4 --attack-steps 20
+		--lock-method basic --eps 2.5 --attack-lr 0.5 --attack-steps 20
 	$(BIN)/python train.py --work-path ./experiments/digits/preresnet8 --overwrite
 	@echo
 	@echo "Look at the curves: $(BIN)/tensorboard --logdir experiments/digits"

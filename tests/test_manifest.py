@@ -427,7 +427,7 @@ def test_a_shard_under_another_name_is_none(tmp_path):
 
 
 def test_settings_that_are_no_more_differ_too():
-    with pytest.raises(UserError, match="x was made with old 1, but now it is None"):
+    with pytest.raises(UserError, match="x was made with old 1, but now it is unset"):
         shards.refuse_others("x", {"old": 1, "same": 2}, {"same": 2})
 
 
