@@ -17,7 +17,7 @@ import os
 import sys
 import types
 import warnings
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from fractions import Fraction
 from pathlib import Path
 from unittest import mock
@@ -44,6 +44,8 @@ _gone.load_state_dict_from_url = load_state_dict_from_url
 sys.modules.setdefault(_gone.__name__, _gone)
 # It imports GitPython to note its own version, which otherwise fails where there is no git.
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+# HDF5, in which its store is, locks its files, as some network file systems cannot; here the whole folder is locked.
+os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", SyntaxWarning)  # Python 3.12 frowns at the backslashes in its docstrings
@@ -451,10 +453,11 @@ def train():
         utils.check_last_batch(model.model, image, len(train_split.labels), args.batch_size, "--batch-size")
     test_batches = Batches(test_split, device, args.batch_size)
     utils.make_folder(args.out_dir)
-    store = make_store(main, args)
+    folder = folder_of(args)
+    alone = utils.exclusive(folder) if folder else nullcontext()  # in a new folder nobody else is
     args.custom_accuracy = accuracies
-    print(f"{args.arch} on {args.dataset}, on {device} ({reason}), in {store.path}")
-    with closing(store), cuda_optional(), careful_saving():
+    with alone, closing(make_store(main, args)) as store, cuda_optional(), careful_saving():
+        print(f"{args.arch} on {args.dataset}, on {device} ({reason}), in {store.path}")
         if args.eval_only:
             args.adv_eval = args.adv_eval or 0
             result = main.eval_model(args, model.to(device), test_batches, store=store)

@@ -6,6 +6,7 @@ from argparse import Namespace
 import dill
 import numpy as np
 import pytest
+import tables
 import torch
 from torch import nn
 
@@ -22,7 +23,7 @@ from models.base import (
     speed_up,
 )
 from tests.conftest import Malicious
-from utils import UserError
+from utils import UserError, exclusive
 
 
 @pytest.fixture
@@ -189,3 +190,18 @@ def test_a_classifier_in_an_older_form(tmp_path):
     state = attacker_model("preresnet8", "digits").state_dict()
     torch.save({"state_dict": state}, tmp_path / "old")
     assert load_base(tmp_path / "old", "preresnet8", "digits").state_dict().keys() == state.keys()
+
+
+def test_a_folder_is_written_to_by_one_training(tmp_path, user_error):
+    flags = ["--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--out-dir", tmp_path, "--exp-name", "x"]
+    with exclusive(tmp_path / "x"):
+        assert f"{tmp_path / 'x'}: another process is writing there" in user_error(base.train, *flags)
+        assert [path.name for path in (tmp_path / "x").iterdir()] == [".lock"]
+
+
+def test_a_store_on_a_file_system_that_cannot_lock(tmp_path):
+    """There HDF5 would fail to lock its file, as it does here, where another has."""
+    fcntl = pytest.importorskip("fcntl")
+    with open(tmp_path / "store.h5", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        tables.open_file(tmp_path / "store.h5", "w").close()
