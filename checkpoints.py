@@ -5,6 +5,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -122,6 +123,28 @@ def read_checkpoint(checkpoint, log):
     if damaged:
         raise UserError(f"{damaged}, and there is no other; start again with --overwrite")
     return None
+
+
+def load_pretrained(model, path):
+    """Give a model the weights in a file: a checkpoint of train.py, or a state dict, of the same architecture.
+
+    Layers that have another shape there, as the last one for another number of classes, keep their random weights.
+    Returns what to say of it. Raises UserError where the file is absent, damaged, or of another architecture.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"pretrained: {path}: no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        weights = content.get("model", content)
+        shapes = {name: value.shape for name, value in weights.items()}
+    except Exception as error:  # a damaged or foreign file fails in many ways; all mean the same here
+        raise UserError(f"pretrained: {path}: not a file of weights, or damaged ({utils.first_line(error)})") from error
+    own = model.state_dict()
+    if shapes.keys() != own.keys():
+        raise UserError(f"pretrained: {path}: not of this architecture; name a checkpoint of train.py, or a state dict")
+    random = [name for name, value in own.items() if value.shape != shapes[name]]
+    model.load_state_dict({name: weights[name] for name in own if name not in random}, strict=False)
+    return f"pretrained: {path}" + (f", but {', '.join(random)} are random" if random else "")
 
 
 def restore(state, learner, config, data_hash):

@@ -25,7 +25,7 @@ import runs
 import utils
 from attack import attack
 from augmentation import as_inputs, augment, make_mixer, preprocess
-from checkpoints import Learner, background, keep_epoch, on_gpu, read_checkpoint, restore
+from checkpoints import Learner, background, keep_epoch, load_pretrained, on_gpu, read_checkpoint, restore
 from config import KEYS, load_config
 from data import DATASETS, SPLITS, canonical_name, is_plain
 from graphs import Captured, Compiled
@@ -233,7 +233,7 @@ def parse_arguments():
         parser.add_argument(f"--{name}", type=number(float, 0, 1), help=f"lock.py's --{name} (default: 0.5)")
     keys = parser.add_argument_group("keys of config.yaml")
     for name, key in KEYS.items():
-        value = "required" if key.default is str else f"default: {key.default}"
+        value = "required" if key.default is str else f"default: {key.default or repr(key.default)}"
         keys.add_argument(f"--{name}", metavar="VALUE", help=f"{key.help} ({value})")
     args, unknown = parser.parse_known_args()
     if unknown:
@@ -334,6 +334,7 @@ def run(args, config, data, manifest, folder, suffix):
     torch.manual_seed(config.seed)
     torch.backends.cudnn.benchmark = True
     model, image = make_model(config), as_inputs(data["original"][0][:1], config)
+    pretrained = load_pretrained(model, config.pretrained) if config.pretrained else None
     utils.check_size(model, image, config.architecture)
     utils.check_last_batch(model, image, len(data["train"][1]), config.batch_size, "batch_size")
     model.to(device)
@@ -341,6 +342,8 @@ def run(args, config, data, manifest, folder, suffix):
     runs.prepare_folder(folder, args)
     log = runs.log_to(folder / "log.txt")
     log(f"{config.architecture} on {suffix}, seed {config.seed}, on {device} ({reason}), in {folder}")
+    if pretrained:
+        log(pretrained)
     log("images: " + ", ".join(f"{len(labels)} {name}" for name, (_, labels) in data.items()))
     if manifest is None:
         log("the locked files have no manifest (lock_*.json): what they were made of and from is not verified")

@@ -193,13 +193,15 @@ def gather(folders):
 
 
 def settings_of(result):
-    """All that makes runs different ones: their configs, but for the seed, and the settings of their locks, as a flat
-    dict. Locks without a manifest are told apart by their paths."""
+    """All that makes runs different ones: what of their configs, but for the seed, is not as by default, and the
+    settings of their locks, as a flat dict. Locks without a manifest are told apart by their paths."""
     free = FREE_ON_RESUME - {"eval_freq"}  # the largest accuracy on the way is one of so many
+    defaults = flatten(CONFIG)
     config = {
         key: value
         for key, value in flatten(result["config"]).items()
         if key != "seed" and (key not in free or (key == "locked_train_image" and not result["lock"]))
+        if value != defaults.get(key)  # a run that is older than a key has none
     }
     return config | flatten({"lock": result["lock"]["settings"]} if result["lock"] else {})
 
@@ -246,10 +248,12 @@ def place_in_table(group):
 
 
 def paper_accuracies(result):
-    """The paper's accuracies for a result's model and method; None where it has none, and for a run with a name, a key
-    of VARIANTS, another eps, or a subset. The base classifier, steps and other keys, as epochs, may be others."""
+    """The paper's accuracies for a result's model and method; None where it has none, and for a run with a name,
+    pretrained weights, a key of VARIANTS, another eps, or a subset. The base classifier, steps and other keys, as
+    epochs, may be others."""
     config, defaults = flatten(result["config"]), flatten(CONFIG)
-    plain = all(config.get(key, defaults[key]) == defaults[key] for keys in VARIANTS.values() for key in keys)
+    keys = ["pretrained", *itertools.chain(*VARIANTS.values())]
+    plain = all(config.get(key, defaults[key]) == defaults[key] for key in keys)
     lock = result["lock"]["settings"] if result["lock"] else {"eps": 0.5, "subset": None}
     if result["dataset"] != "cifar10" or result["name"] or not plain or lock["eps"] != 0.5 or lock["subset"]:
         return None

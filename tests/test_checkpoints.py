@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 import checkpoints
 import train
 from tests.conftest import config_of, learner_of, new_learner, two_tones
-from utils import UserError
+from utils import UserError, serialize
 
 
 def test_the_state_of_a_float16_training_is_kept(tmp_path):
@@ -92,3 +92,31 @@ def test_the_best_checkpoint_is_written_first(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "write_file", lambda path, content: written.append(path.name))
     checkpoints.write_checkpoint(tmp_path / "ckpt.pth.tar", {}, is_best=True)
     assert written == ["ckpt_best.pth.tar", "ckpt.pth.tar"]
+
+
+def test_a_model_begins_with_pretrained_weights(tmp_path):
+    """All but those of the last layer, where they are for another number of classes."""
+    learner = new_learner(config_of(tmp_path, architecture="preresnet8", num_classes="5"))
+    given = {"of_a_run": checkpoints.snapshot(learner, 1, [], {}, ""), "state_dict": learner.model.state_dict()}
+    for name, content in given.items():
+        torch.save(content, tmp_path / name)
+        for classes, random in (10, ["fc.weight", "fc.bias"]), (5, []):
+            model = train.make_model(config_of(tmp_path, architecture="preresnet8", num_classes=str(classes)))
+            before = {key: value.clone() for key, value in model.state_dict().items()}
+            line = checkpoints.load_pretrained(model, tmp_path / name)
+            assert line == f"pretrained: {tmp_path / name}" + ", but fc.weight, fc.bias are random" * bool(random)
+            for key, value in model.state_dict().items():
+                assert torch.equal(value, before[key] if key in random else given["state_dict"][key])
+
+
+def test_pretrained_weights_that_cannot_be(tmp_path):
+    model = train.make_model(config_of(tmp_path, architecture="preresnet8"))
+    files = {"text": b"weights", "other": serialize(nn.Linear(1, 1).state_dict()), "numbers": serialize({"model": 1})}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    for name, reason in {
+        "absent": "no such file", "text": "not a file of weights", "numbers": "not a file of weights",
+        "other": "not of this architecture",
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=f"pretrained: .*{name}: {reason}"):
+            checkpoints.load_pretrained(model, tmp_path / name)

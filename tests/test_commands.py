@@ -200,6 +200,19 @@ def test_a_run_is_never_deleted_unasked(place, command, user_error):
     assert "made_with.json: damaged" in user_error(train.main, *run, "--resume")
 
 
+def test_training_goes_on_from_pretrained_weights(place, command, user_error, capsys):
+    run = ["--work-path", place / "preresnet8", "--epochs", 1, "--precision", "float32"]
+    command(train.main, *run, "--seed", 50)
+    given = place / "preresnet8" / "basic" / "seed50" / "ckpt.pth.tar"
+    command(train.main, *run, "--seed", 51, "--pretrained", given, "--lr_scheduler.base_lr", 0)
+    assert f"pretrained: {given}\n" in capsys.readouterr().out
+    before, after = (torch.load(given.parents[1] / seed / "ckpt.pth.tar")["model"] for seed in ("seed50", "seed51"))
+    weights = [name for name in before if name.endswith((".weight", ".bias"))]
+    assert len(weights) > 10 and all(torch.equal(before[name], after[name]) for name in weights)
+    line = user_error(train.main, *run, "--seed", 50, "--overwrite", "--pretrained", place / "none")
+    assert "none: no such file" in line and given.exists()
+
+
 def test_a_gpu_with_full_memory_is_one_line(user_error):
     def main():
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB.")
