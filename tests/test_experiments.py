@@ -147,7 +147,7 @@ def fits(column, run):
     datasets = {name for name in ("digits", "CIFAR-10") if name in column}
     methods = {name for name in METHODS if f"`{name}`" in column}
     epochs = set(re.findall(r"(\d+) epochs", column))
-    dataset = {"digits": "digits", "cifar10": "CIFAR-10"}[run["dataset"]]
+    dataset = {"digits": "digits", "cifar10": "CIFAR-10"}.get(run["dataset"])
     values = run["architecture"], dataset, run["lock_method"], str(run["epochs"])
     return all(not said or value in said for said, value in zip((models, datasets, methods, epochs), values))
 
