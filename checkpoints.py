@@ -143,7 +143,7 @@ def load_pretrained(model, path):
     if shapes.keys() != own.keys():
         raise UserError(f"pretrained: {path}: not of this architecture; name a checkpoint of train.py, or a state dict")
     random = [name for name, value in own.items() if value.shape != shapes[name]]
-    model.load_state_dict({name: weights[name] for name in own if name not in random}, strict=False)
+    model.load_state_dict({name: weights[name] for name in own.keys() - random}, strict=False)
     return f"pretrained: {path}" + (f", but {', '.join(random)} are random" if random else "")
 
 
