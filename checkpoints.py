@@ -42,6 +42,11 @@ def best_of(checkpoint):
     return checkpoint.with_name(checkpoint.name.replace(".pth.tar", "_best.pth.tar"))
 
 
+def is_begun(checkpoint):
+    """Whether a run has a checkpoint that it can go on from."""
+    return checkpoint.exists() or previous(checkpoint).exists()
+
+
 def snapshot(learner, epoch, history, config, data_hash):
     """All that --resume needs, after an epoch, copied to the CPU; history is the list of the evaluations so far.
 

@@ -25,7 +25,7 @@ import runs
 import utils
 from attack import attack
 from augmentation import as_inputs, augment, make_mixer, preprocess
-from checkpoints import Learner, background, keep_epoch, load_pretrained, on_gpu, read_checkpoint, restore
+from checkpoints import Learner, background, is_begun, keep_epoch, load_pretrained, on_gpu, read_checkpoint, restore
 from config import KEYS, load_config
 from data import DATASETS, SPLITS, canonical_name, is_plain
 from graphs import Captured, Compiled
@@ -334,7 +334,9 @@ def run(args, config, data, manifest, folder, suffix):
     torch.manual_seed(config.seed)
     torch.backends.cudnn.benchmark = True
     model, image = make_model(config), as_inputs(data["original"][0][:1], config)
-    pretrained = load_pretrained(model, config.pretrained) if config.pretrained else None
+    checkpoint = folder / config.ckpt_path / f"{config.ckpt_name}.pth.tar"
+    fresh = not (args.resume and is_begun(checkpoint))  # else the weights are those of the checkpoint
+    pretrained = load_pretrained(model, config.pretrained) if config.pretrained and fresh else None
     utils.check_size(model, image, config.architecture)
     utils.check_last_batch(model, image, len(data["train"][1]), config.batch_size, "batch_size")
     model.to(device)
@@ -350,7 +352,6 @@ def run(args, config, data, manifest, folder, suffix):
     labels, original_labels = data["locked_test"][1], data["original"][1]
     if not torch.equal(labels, original_labels[: len(labels)]):
         log("warning: the labels of the locked and the original test set differ: another order, or another data set?")
-    checkpoint = folder / config.ckpt_path / f"{config.ckpt_name}.pth.tar"
     utils.make_folder(checkpoint.parent)
     data_hash = fingerprint(data)
     config.compile = utils.pick_compile(config.compile, device.type == "cuda", config.epochs * len(data["train"][1]))

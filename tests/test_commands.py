@@ -204,13 +204,16 @@ def test_training_goes_on_from_pretrained_weights(place, command, user_error, ca
     run = ["--work-path", place / "preresnet8", "--epochs", 1, "--precision", "float32"]
     command(train.main, *run, "--seed", 50)
     given = place / "preresnet8" / "basic" / "seed50" / "ckpt.pth.tar"
-    command(train.main, *run, "--seed", 51, "--pretrained", given, "--lr_scheduler.base_lr", 0)
+    trained = [*run, "--seed", 51, "--pretrained", given, "--lr_scheduler.base_lr", 0]
+    command(train.main, *trained)
     assert f"pretrained: {given}\n" in capsys.readouterr().out
     before, after = (torch.load(given.parents[1] / seed / "ckpt.pth.tar")["model"] for seed in ("seed50", "seed51"))
     weights = [name for name in before if name.endswith((".weight", ".bias"))]
     assert len(weights) > 10 and all(torch.equal(before[name], after[name]) for name in weights)
     line = user_error(train.main, *run, "--seed", 50, "--overwrite", "--pretrained", place / "none")
     assert "none: no such file" in line and given.exists()
+    given.rename(place / "gone")  # a run that has begun needs it no more
+    command(train.main, *trained, "--epochs", 2, "--resume")
 
 
 def test_a_gpu_with_full_memory_is_one_line(user_error):
