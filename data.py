@@ -96,7 +96,11 @@ def load_folder(root, split):
         raise UserError(f"{first}: {size[2]}x{size[1]} pixels are too few; take images of at least 8x8")
     nth = defaultdict(itertools.count)
     samples = sorted(files.samples, key=lambda sample: next(nth[sample[1]]))  # sorted is stable: class by class
-    images = torch.empty(len(samples), *size, dtype=torch.uint8)
+    try:
+        images = torch.empty(len(samples), *size, dtype=torch.uint8)
+    except RuntimeError as error:
+        what = f"{len(samples)} images of {size[2]}x{size[1]} pixels"
+        raise UserError(f"{folder}: {what} do not fit into memory; scale them down") from error
     for index, (path, _) in enumerate(samples):
         image = read_image(path)
         if image.shape != size:

@@ -20,12 +20,13 @@ class Compiled:
     """
 
     def __init__(self, function, batch_size, say=print, **options):
-        self.function, self.batch_size, self.say = function, batch_size, say
-        self.compiled = torch.compile(function, dynamic=False, **options)
+        self.function, self.batch_size, self.say, self.options = function, batch_size, say, options
+        self.compiled, self.failed = None, False
 
     def __call__(self, images, *args, **kwargs):
-        if self.compiled and torch.is_grad_enabled() and len(images) == self.batch_size:
-            try:
+        if not self.failed and torch.is_grad_enabled() and len(images) == self.batch_size:
+            try:  # torch.compile itself refuses a Python that is newer than it
+                self.compiled = self.compiled or torch.compile(self.function, dynamic=False, **self.options)
                 return self.compiled(images, *args, **kwargs)
             except Exception as error:  # no C++ compiler, or one of many other reasons: none stops the work
                 recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
@@ -33,7 +34,7 @@ class Compiled:
                     raise
                 reason = first_line(getattr(error, "inner_exception", error))
                 self.say(f"torch.compile failed ({reason}): going on without")
-                self.compiled = None
+                self.failed = True
         return self.function(images, *args, **kwargs)
 
 

@@ -367,5 +367,5 @@ def load_locked(image_path, label_path, lock_flags=""):
 def lock_command(path):
     """The lock.py command that makes a locked file, as its name tells."""
     method, parameters = parse_suffix(split_path(path)[0].suffix or "basic")
-    flags = "".join(f" --{name} {value:g}" for name, value in parameters.items() if value != 0.5)
+    flags = "".join(f" --{name} {value:.12g}" for name, value in parameters.items() if value != 0.5)
     return f"python lock.py --lock-data {path.parent} --lock-method {method}{flags}"

@@ -215,7 +215,7 @@ def exclusive(folder):
     except Timeout as error:
         raise UserError(f"{folder}: another process is writing there; wait for it, or name another folder") from error
     except (NotImplementedError, OSError) as error:
-        if getattr(error, "errno", None) not in (None, errno.ENOLCK, errno.EOPNOTSUPP):
+        if getattr(error, "errno", None) not in (None, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP):
             raise
         # some network file systems
         print(f"{folder}: its file system cannot keep two processes apart; take care that only one writes there")

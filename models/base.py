@@ -88,6 +88,17 @@ def careful_saving():
         yield
 
 
+@contextmanager
+def errors_let_out():
+    """Let out what stops robustness' loop while it waits for an accuracy, Ctrl-C say, of which it would only warn."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Failed to calculate the accuracy")
+        try:
+            yield
+        except UserWarning as warning:
+            raise (warning.__context__ or warning) from None
+
+
 # The data, as robustness' loops want them
 
 
@@ -292,6 +303,8 @@ LEAST = {
 
 def check_arguments(args):
     """Raise UserError for what robustness would only find out later, or not at all."""
+    if not args.out_dir:  # robustness would not miss it with --eval-only
+        raise UserError("--out-dir is required: the folder for the store")
     for name, least in LEAST.items():
         value = getattr(args, name)
         if value is not None and not (isinstance(value, (int, float)) and least <= value < math.inf):
@@ -316,17 +329,32 @@ def check_arguments(args):
 
 def check_expressions(args):
     """robustness evaluates these flags as Python; let through only numbers, fractions and lists of numbers."""
-    try:
-        for name in ("eps", "attack_lr"):
-            if getattr(args, name) is not None:
-                setattr(args, name, str(float(Fraction(getattr(args, name)))))  # 8/255, say
-        for name in ("custom_lr_multiplier", "custom_eps_multiplier"):
-            if getattr(args, name) not in (None, "cyclic"):
-                for epoch, factor in ast.literal_eval(getattr(args, name)):
-                    float(epoch), float(factor)
-    except (ValueError, TypeError, SyntaxError, ZeroDivisionError) as error:
-        flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-        raise UserError(f"{flag}: expected a number, or of a multiplier [(epoch, factor), ...]") from error
+    lengths, multipliers = ("eps", "attack_lr"), ("custom_lr_multiplier", "custom_eps_multiplier")
+    for name in (*lengths, *multipliers):
+        given = getattr(args, name)
+        if given is None or (name, given) == ("custom_lr_multiplier", "cyclic"):
+            continue
+        try:
+            setattr(args, name, str(parse_length(given) if name in lengths else parse_multiplier(given)))
+        except (ValueError, TypeError, SyntaxError, ZeroDivisionError, OverflowError) as error:
+            expected = "a number of at least 0" if name in lengths else "[(epoch, factor), ...], epochs in their order"
+            raise UserError(f"--{name.replace('_', '-')} {given}: expected {expected}") from error
+
+
+def parse_length(text):
+    """A number or fraction of at least 0, as 8/255; raises one of several errors where the text is none."""
+    value = float(Fraction(text))
+    if value < 0:
+        raise ValueError
+    return value
+
+
+def parse_multiplier(text):
+    """A list of epochs and factors in their order, as [(0, 1), (50, 0.1)]; raises one of several errors likewise."""
+    periods = [(float(epoch), float(factor)) for epoch, factor in ast.literal_eval(text)]
+    if not periods or periods != sorted(periods) or not np.isfinite(periods).all():
+        raise ValueError
+    return periods
 
 
 def folder_of(args):
@@ -456,7 +484,7 @@ def train():
     folder = folder_of(args)
     alone = utils.exclusive(folder) if folder else nullcontext()  # in a new folder nobody else is
     args.custom_accuracy = accuracies
-    with alone, closing(make_store(main, args)) as store, cuda_optional(), careful_saving():
+    with alone, closing(make_store(main, args)) as store, cuda_optional(), careful_saving(), errors_let_out():
         print(f"{args.arch} on {args.dataset}, on {device} ({reason}), in {store.path}")
         if args.eval_only:
             args.adv_eval = args.adv_eval or 0

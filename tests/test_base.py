@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tables
 import torch
+from cox.utils import Parameters
 from torch import nn
 
 from data import Split, to_float
@@ -119,6 +120,21 @@ def test_a_classifier_that_diverges_replaces_no_checkpoint(tmp_path):
             torch.save(diverged, str(path), pickle_module=dill)
     assert torch.load(path)["epoch"] == 1
     torch.save(diverged, str(path))  # as ever
+
+
+def test_ctrl_c_ends_robustness_loop():
+    """Also where it comes while the loop waits for an accuracy; by itself it would go on, and warn."""
+    base.robustness_main()  # which makes robustness.train importable
+    from robustness.train import _model_loop
+
+    def interrupted(logits, labels):
+        raise KeyboardInterrupt
+
+    args, cpu = Parameters({"custom_accuracy": interrupted}), torch.device("cpu")
+    split = Split(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.arange(4), None, None)
+    model = nn.DataParallel(attacker_model("preresnet8", "cifar"))
+    with pytest.raises(KeyboardInterrupt), base.cuda_optional(), base.errors_let_out():
+        _model_loop(args, "val", Batches(split, cpu, 4), model, None, 0, False, None)
 
 
 def test_nothing_in_a_checkpoint_runs(tmp_path):

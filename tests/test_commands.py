@@ -242,8 +242,9 @@ def test_mistakes_in_training(place, user_error, command, tmp_path):
     )
     elsewhere = ["--lock-data", tmp_path, "--lock-method", "horiz"]
     assert f"{tmp_path}/train_image_50_horiz: no such file" in user_error(train.main, "--work-path", work, *elsewhere)
-    line = user_error(train.main, "--work-path", work, "--lock-method", "mixup", "--lambd", 0.3)
-    assert f"train_image_30_mixup: no such file; make it with python lock.py --lock-data {place}" in line
+    line = user_error(train.main, "--work-path", work, "--lock-method", "mixup", "--lambd", 0.1234567)
+    assert f"train_image_12.34567_mixup: no such file; make it with python lock.py --lock-data {place}" in line
+    assert "--lambd 0.1234567 " in line
     assert "epochs is 1000" in user_error(train.main, "--work-path", work, "--epochs", 10**401)
     assert "expected a number" in user_error(train.main, "--work-path", work, "--lr_scheduler.base_lr", 10**401)
     assert "ckpt_path" in user_error(train.main, "--work-path", work, "--ckpt_path", tmp_path)
@@ -306,13 +307,17 @@ def test_mistakes_in_the_base_classifier(place, user_error, tmp_path):
     line = user_error(base.train, *flags, "--exp-name", "new", "--dataset", "cifar", "--data", tmp_path)
     assert f"{tmp_path}: CIFAR-10 is not there" in line
     assert "at least 1" in user_error(base.train, *flags, "--exp-name", "new", "--batch-size", 0)
-    assert "expected a number" in user_error(base.train, *flags, "--exp-name", "new", "--eps", "exit()")
+    for eps in ("exit()", -0.5, "1e999"):
+        assert f"--eps {eps}: expected a number" in user_error(base.train, *flags, "--exp-name", "new", "--eps", eps)
     assert "--resume is required" in user_error(base.train, *flags, "--exp-name", "new", "--eval-only", 1)
     assert "--save-ckpt-iters 0" in user_error(base.train, *flags, "--exp-name", "new", "--save-ckpt-iters", 0)
-    for name in ("lr", "eps"):
-        multiplier = f"--custom-{name}-multiplier"
-        line = user_error(base.train, *flags, "--exp-name", "new", multiplier, "exit()")
-        assert f"{multiplier} exit(): expected a number" in line
+    for text in ("exit()", "[]", "[(10, 1), (5, 1)]", "[(0, 1e999)]"):
+        line = user_error(base.train, *flags, "--exp-name", "new", "--custom-lr-multiplier", text)
+        assert f"--custom-lr-multiplier {text}: expected [(epoch, factor), ...]" in line
+    line = user_error(base.train, *flags, "--exp-name", "new", "--custom-eps-multiplier", "cyclic")
+    assert "--custom-eps-multiplier cyclic: expected" in line
+    evaluated = ["--dataset", "digits", "--arch", "preresnet8", "--eval-only", 1]
+    assert "--out-dir is required" in user_error(base.train, *evaluated, "--resume", tmp_path / "weights")
     assert "--mixed-precision 1" in user_error(base.train, *flags, "--exp-name", "new", "--mixed-precision", 1)
     line = user_error(base.train, *flags, "--exp-name", "new", "--arch", "mobilenet_v2", "--batch-size", 359)
     assert "--batch-size 359: leaves the last of 1437 images" in line

@@ -145,7 +145,7 @@ def test_a_folder_that_cannot_be_brought_to_the_disk(tmp_path, monkeypatch):
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
-    for number, wrong in {errno.ENOLCK: False, errno.EACCES: True}.items():
+    for number, wrong in {errno.ENOLCK: False, errno.ENOTSUP: False, errno.EACCES: True}.items():
 
         def fail(lock, timeout, number=number):
             raise OSError(number, os.strerror(number))

@@ -92,6 +92,15 @@ def test_what_cannot_be_read(folder, spoil, message):
     assert "\n" not in str(error.value)
 
 
+def test_images_too_many_for_the_memory(folder, monkeypatch):
+    def empty(*size, dtype):
+        raise RuntimeError("you tried to allocate 108000000000 bytes")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(UserError, match="test: 2 images of 12x9 pixels do not fit into memory"):
+        data.load_folder(folder, "test")
+
+
 def test_images_that_are_cut_short(folder):
     path = folder / "test" / "dog" / "e.png"
     path.write_bytes(path.read_bytes()[:150])

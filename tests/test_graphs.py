@@ -223,6 +223,14 @@ def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch, part):
     assert said == ["torch.compile failed (Failed to find C compiler): going on without"]
 
 
+def test_a_python_that_torch_compile_refuses(monkeypatch):
+    monkeypatch.setattr(torch, "compile", fails)
+    said, images = [], torch.rand(1, 3, 8, 8)
+    model = nn.Conv2d(3, 2, 3)
+    compiled = Compiled(model.forward, 1, said.append, mode="reduce-overhead")
+    assert all(torch.equal(compiled(images), model(images)) for _ in range(2)) and len(said) == 1
+
+
 def test_a_failure_to_compile_ends_a_recording(monkeypatch):
     """Going on without, as elsewhere, would record the slower step for good."""
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: partial(fails, function))
