@@ -360,7 +360,7 @@ def parse_arguments():
         "--compile",
         choices=COMPILE,
         default="auto",
-        help="use torch.compile, which takes about a minute; auto: as begun, or for a long lock on a GPU, or in "
+        help="use torch.compile, which takes up to a minute; auto: as begun, or for a long lock on a GPU, or in "
         "bfloat16 on a CPU (default: %(default)s)",
     )
     add(
