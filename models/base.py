@@ -250,6 +250,8 @@ HELP = {
     "arch": f"architecture: {', '.join(ARCHITECTURES)}",
     "workers": "accepted, not used: images are on the device",
     "mixed-precision": "does not work in robustness 1.2.1: see --precision",
+    "resume-optimizer": "whether to go on with the checkpoint's optimizer and its schedule: with the --lr, --momentum, "
+    "--weight-decay, --step-lr and --step-lr-gamma that it was begun with, whatever is given",
 }
 
 
@@ -296,7 +298,7 @@ NEVER = 10**9  # epochs
 # The least value of each flag that is a number.
 LEAST = {
     **dict.fromkeys(("epochs", "batch_size", "log_iters", "attack_steps"), 1),
-    **dict.fromkeys(("workers", "lr", "step_lr", "weight_decay", "momentum"), 0),
+    **dict.fromkeys(("workers", "lr", "step_lr", "step_lr_gamma", "weight_decay", "momentum"), 0),
     "save_ckpt_iters": -1,
 }
 
@@ -312,10 +314,11 @@ def check_arguments(args):
     if args.save_ckpt_iters == 0:
         raise UserError("--save-ckpt-iters 0: must be -1, for none, or at least 1")
     check_expressions(args)
-    if args.mixed_precision or args.random_restarts or args.constraint in ("fourier", "random_smooth"):
+    broken = args.constraint in ("fourier", "random_smooth", *["unconstrained"] * bool(args.random_start))
+    if args.mixed_precision or args.random_restarts or broken:
         raise UserError(
-            "--mixed-precision 1, --random-restarts and --constraint fourier or random_smooth "
-            "do not work in robustness 1.2.1; leave them out"
+            "--mixed-precision 1, --random-restarts, --constraint fourier or random_smooth, and unconstrained with "
+            "--random-start 1, do not work in robustness 1.2.1; leave them out"
         )
     utils.check_known(args.arch, ARCHITECTURES, "--arch")
     folder = folder_of(args)
@@ -337,7 +340,8 @@ def check_expressions(args):
         try:
             setattr(args, name, str(parse_length(given) if name in lengths else parse_multiplier(given)))
         except (ValueError, TypeError, SyntaxError, ZeroDivisionError, OverflowError) as error:
-            expected = "a number of at least 0" if name in lengths else "[(epoch, factor), ...], epochs in their order"
+            multiplier = "[(epoch, factor), ...], epochs in their order, factors of at least 0"
+            expected = "a number of at least 0" if name in lengths else multiplier
             raise UserError(f"--{name.replace('_', '-')} {given}: expected {expected}") from error
 
 
@@ -352,7 +356,8 @@ def parse_length(text):
 def parse_multiplier(text):
     """A list of epochs and factors in their order, as [(0, 1), (50, 0.1)]; raises one of several errors likewise."""
     periods = [(float(epoch), float(factor)) for epoch, factor in ast.literal_eval(text)]
-    if not periods or periods != sorted(periods) or not np.isfinite(periods).all():
+    negative = any(factor < 0 for _, factor in periods)
+    if not periods or negative or periods != sorted(periods) or not np.isfinite(periods).all():
         raise ValueError
     return periods
 
@@ -374,8 +379,7 @@ def read_resumed(args, model):
     """The checkpoint of --resume, changed so that robustness goes on at the next epoch.
 
     It saves the schedule before the step that ends an epoch, so that a resumed run would train at the learning rate of
-    the epoch before. And it takes the checkpoint's accuracy for the best so far; where the run stays in its folder,
-    that is the one of checkpoint.pt.best. Raises UserError where the checkpoint is of another kind of training.
+    the epoch before. Raises UserError where the checkpoint is of another kind of training.
     """
     from robustness.train import make_optimizer_and_schedule  # here: robustness_main has imported it
 
@@ -387,12 +391,20 @@ def read_resumed(args, model):
             schedule.step()
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{args.resume}: holds no optimizer that fits; leave --resume-optimizer out") from error
-    if goes_on(args):
-        best, key = folder_of(args) / "checkpoint.pt.best", accuracy_key(args.adv_train)
-        if key not in checkpoint:
-            raise UserError(f"{args.resume}: was trained with another --adv-train; choose another --exp-name")
-        checkpoint[key] = read_checkpoint(best).get(key, 0) if best.exists() else 0
+    if goes_on(args) and accuracy_key(args.adv_train) not in checkpoint:
+        raise UserError(f"{args.resume}: was trained with another --adv-train; choose another --exp-name")
     return {**checkpoint, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+
+
+def keep_best(args):
+    """The accuracy of a folder's checkpoint.pt.best, which the one of --resume becomes where it is better: a run can be
+    stopped after robustness wrote the latest, and before it wrote the best."""
+    best, key = folder_of(args) / "checkpoint.pt.best", accuracy_key(args.adv_train)
+    known = read_checkpoint(best).get(key, 0) if best.exists() else 0
+    resumed = read_checkpoint(args.resume)[key]
+    if resumed > known:
+        write_file(best, Path(args.resume).read_bytes())
+    return max(known, resumed)
 
 
 def accuracy_key(adversarial):
@@ -401,13 +413,19 @@ def accuracy_key(adversarial):
 
 
 def make_store(main, args):
-    """robustness' store of this run. A store that an earlier run left in its folder is set aside, since
-    HDF5 refuses to append a row whose texts are longer than those of the first."""
+    """robustness' store of this run, whose curves torch writes: tensorboardX would wait forever after a failed write.
+
+    A store that an earlier run left in its folder is set aside, since HDF5 refuses to append a row whose texts are
+    longer than those of the first.
+    """
+    from torch.utils.tensorboard import SummaryWriter  # here, because lock.py starts seconds sooner without it
+
     folder = folder_of(args)
     if folder and (folder / "store.h5").exists():
         (folder / "store.h5").rename(folder / f"store.{len(list(folder.glob('store*.h5')))}.h5")
     # it would look for a git repository around itself, and take that one's commit for its own version
-    with mock.patch.object(main.git, "Repo", side_effect=main.git.exc.InvalidGitRepositoryError):
+    no_repository = mock.patch.object(main.git, "Repo", side_effect=main.git.exc.InvalidGitRepositoryError)
+    with no_repository, mock.patch.object(main.cox.store, "SummaryWriter", SummaryWriter):
         return main.setup_store_with_metadata(args)
 
 
@@ -419,15 +437,22 @@ def accuracies(logits, labels):
     return torch.cat(accuracy(logits, labels, topk=(1, min(5, logits.shape[-1])))).tolist()
 
 
-def report(store, adversarial):
-    """Say which checkpoint is the best, and how good; there is none where no epoch beat the one resumed from."""
+TEST_SETS = {"nat": "the test set", "adv": "the attacked test set"}
+
+
+def report(store, adversarial, resumed):
+    """Say which checkpoint is the best, and how good; there is none where no epoch beat the one resumed from.
+
+    Raises UserError where there is none for another reason.
+    """
     path = Path(store.path, "checkpoint.pt.best")
     if path.exists():
-        best = read_checkpoint(path)
-        what = "the attacked test set" if adversarial else "the test set"
+        best, what = read_checkpoint(path), TEST_SETS["adv" if adversarial else "nat"]
         print(f"Base classifier: {path}, {best[accuracy_key(adversarial)]:.2f} % on {what} after epoch {best['epoch']}")
-    else:
+    elif resumed:
         print(f"No epoch was better than the checkpoint resumed from: {path} was not written")
+    else:
+        raise UserError(f"{path} was not written: nothing was classified right after any epoch; lower --lr or --eps")
 
 
 def speed_up(network, args, device, passes):
@@ -484,21 +509,31 @@ def train():
     folder = folder_of(args)
     alone = utils.exclusive(folder) if folder else nullcontext()  # in a new folder nobody else is
     args.custom_accuracy = accuracies
-    with alone, closing(make_store(main, args)) as store, cuda_optional(), careful_saving(), errors_let_out():
+    with (
+        alone,
+        closing(make_store(main, args)) as store,
+        closing(store.tensorboard),
+        cuda_optional(),
+        careful_saving(),
+        errors_let_out(),
+    ):
         print(f"{args.arch} on {args.dataset}, on {device} ({reason}), in {store.path}")
         if args.eval_only:
             args.adv_eval = args.adv_eval or 0
             result = main.eval_model(args, model.to(device), test_batches, store=store)
-            kind = "adv" if args.adv_eval else "nat"
-            print(f"accuracy {result[f'{kind}_prec1']:.2f} % on the test set, loss {result[f'{kind}_loss']:.4f}")
+            for kind in ("nat", "adv") if args.adv_eval else ("nat",):
+                share, loss = result[f"{kind}_prec1"], result[f"{kind}_loss"]
+                print(f"accuracy {share:.2f} % on {TEST_SETS[kind]}, loss {loss:.4f}")
         else:
             augment = AUGMENTATION[args.dataset] if args.data_aug else to_float
             loaders = Batches(train_split, device, args.batch_size, augment, shuffle=True), test_batches
             speed_up(model.model, args, device, args.epochs * len(train_split.labels))
+            if checkpoint and goes_on(args):
+                checkpoint[accuracy_key(args.adv_train)] = keep_best(args)
             # one GPU: the copies for others would call the forward that is bound to the first one's weights
             gpus = [device.index] if device.type == "cuda" else None
             main.train_model(args, model.to(device), loaders, store=store, checkpoint=checkpoint, dp_device_ids=gpus)
-            report(store, args.adv_train)
+            report(store, args.adv_train, checkpoint)
 
 
 if __name__ == "__main__":

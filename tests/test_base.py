@@ -1,5 +1,6 @@
 """Base classifiers: what can be loaded, and what is refused."""
 
+import errno
 import math
 from argparse import Namespace
 
@@ -213,6 +214,17 @@ def test_a_folder_is_written_to_by_one_training(tmp_path, user_error):
     with exclusive(tmp_path / "x"):
         assert f"{tmp_path / 'x'}: another process is writing there" in user_error(base.train, *flags)
         assert [path.name for path in (tmp_path / "x").iterdir()] == [".lock"]
+
+
+def test_curves_that_cannot_be_written_end_a_training(tmp_path, user_error, monkeypatch):
+    """tensorboardX, which robustness writes them with, would let it wait forever."""
+
+    def write(self, event):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", write)
+    flags = ["--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--out-dir", tmp_path, "--exp-name", "x"]
+    assert "No space left on device" in user_error(base.train, *flags, "--epochs", 1)
 
 
 def test_a_store_on_a_file_system_that_cannot_lock(tmp_path):

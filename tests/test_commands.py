@@ -282,9 +282,11 @@ def test_a_base_classifier_is_evaluated_alone(place, command, capsys, monkeypatc
     monkeypatch.setattr("git.Repo", lambda *args, **options: 1 / 0)
     best = place / "base" / "checkpoint.pt.best"
     command(base.train, "--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--out-dir", tmp_path,
-            "--exp-name", "evaluated", "--eval-only", 1, "--resume", best)  # fmt: skip
+            "--exp-name", "evaluated", "--eval-only", 1, "--resume", best, "--adv-eval", 1, "--constraint", 2,
+            "--eps", 1, "--attack-lr", 1, "--attack-steps", 1)  # fmt: skip
     accuracy = base.read_checkpoint(best)["nat_prec1"]
-    assert f"accuracy {accuracy:.2f} % on the test set, loss " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"accuracy {accuracy:.2f} % on the test set, loss " in out and "on the attacked test set, loss " in out
 
 
 def test_mistakes_in_the_base_classifier(place, user_error, tmp_path):
@@ -311,34 +313,37 @@ def test_mistakes_in_the_base_classifier(place, user_error, tmp_path):
         assert f"--eps {eps}: expected a number" in user_error(base.train, *flags, "--exp-name", "new", "--eps", eps)
     assert "--resume is required" in user_error(base.train, *flags, "--exp-name", "new", "--eval-only", 1)
     assert "--save-ckpt-iters 0" in user_error(base.train, *flags, "--exp-name", "new", "--save-ckpt-iters", 0)
-    for text in ("exit()", "[]", "[(10, 1), (5, 1)]", "[(0, 1e999)]"):
+    for text in ("exit()", "[]", "[(10, 1), (5, 1)]", "[(0, 1e999)]", "[(0, -1)]"):
         line = user_error(base.train, *flags, "--exp-name", "new", "--custom-lr-multiplier", text)
         assert f"--custom-lr-multiplier {text}: expected [(epoch, factor), ...]" in line
     line = user_error(base.train, *flags, "--exp-name", "new", "--custom-eps-multiplier", "cyclic")
     assert "--custom-eps-multiplier cyclic: expected" in line
     evaluated = ["--dataset", "digits", "--arch", "preresnet8", "--eval-only", 1]
     assert "--out-dir is required" in user_error(base.train, *evaluated, "--resume", tmp_path / "weights")
-    assert "--mixed-precision 1" in user_error(base.train, *flags, "--exp-name", "new", "--mixed-precision", 1)
+    for more in (["--mixed-precision", 1], ["--constraint", "unconstrained", "--random-start", 1]):
+        assert "do not work in robustness 1.2.1" in user_error(base.train, *flags, "--exp-name", "new", *more)
+    line = user_error(base.train, *flags, "--exp-name", "new", "--step-lr-gamma", "nan")
+    assert "--step-lr-gamma nan: must be a finite number" in line
     line = user_error(base.train, *flags, "--exp-name", "new", "--arch", "mobilenet_v2", "--batch-size", 359)
     assert "--batch-size 359: leaves the last of 1437 images" in line
     assert not (place / "new").exists()
 
 
-@pytest.mark.parametrize("step_lr, lr", [(1, 0.0001), (0, 0.1)])
+@pytest.mark.parametrize("step_lr, lr", [(1, 0.00001), (0, 0.1)])
 def test_base_classifier_is_resumed(tmp_path, command, step_lr, lr):
-    """At the next epoch's learning rate; only what is better than the best takes its place."""
+    """At the next epoch's learning rate; only what is better than the best takes its place, as does a better latest."""
     for split in data.SPLITS:
         lockfiles.write_tree(tmp_path / "photos" / split, data.load_digits(None, split).first(48))
     folder, flags = tmp_path / "base", ["--dataset", "folder", "--data", tmp_path / "photos", "--arch", "preresnet8"]
     flags += ["--adv-train", 0, "--out-dir", tmp_path, "--exp-name", "base", "--step-lr", step_lr]
     command(base.train, *flags, "--epochs", 1)
     latest, best = folder / "checkpoint.pt.latest", folder / "checkpoint.pt.best"
-    for accuracy, epochs, replaced in ((100.0, 3, False), (-1.0, 4, True)):
-        torch.save({**torch.load(best), "nat_prec1": accuracy}, best)
-        torch.save({**torch.load(latest), "nat_prec1": 50.0}, latest)
+    for of_best, of_latest, epochs, expected in ((101.0, 50.0, 3, 1), (-1.0, -1.0, 4, 4), (0.0, 101.0, 5, 4)):
+        torch.save({**torch.load(best), "nat_prec1": of_best}, best)
+        torch.save({**torch.load(latest), "nat_prec1": of_latest}, latest)
         command(base.train, *flags, "--epochs", epochs, "--resume", latest, "--resume-optimizer", 1)
         assert torch.load(latest)["epoch"] == epochs
-        assert torch.load(best)["epoch"] == (epochs if replaced else 1)
+        assert torch.load(best)["epoch"] == expected
     assert torch.load(latest)["optimizer"]["param_groups"][0]["lr"] == pytest.approx(lr)
     assert (folder / "store.2.h5").exists()
 
