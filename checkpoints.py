@@ -117,6 +117,8 @@ def read_checkpoint(checkpoint, log):
             state = load_whole(path)
             if not CHECKPOINT_KEYS <= state.keys():
                 raise ValueError("not a checkpoint of train.py")
+        except PermissionError:
+            raise
         except Exception as error:  # a damaged file fails in many ways; all mean the same here
             damaged = f"{path}: damaged ({utils.first_line(error)})"
             log(f"{damaged}; looking for the one before")

@@ -234,6 +234,9 @@ def write_locks(locks, manifests, settings, splits, args):
         else:
             manifest = shards.finish(paths, settings[method], splits, args.format, key)
         print(describe(paths, manifest))
+    for method, paths in locks.items():  # only now: with --overwrite, a method without its shards would be locked again
+        if not manifests[method]:
+            utils.discard(paths.partial, paths.trash)
 
 
 def choose(args, locks, classifier, splits, device):
@@ -279,9 +282,15 @@ def unlock(args):
     """Write the original images of a sealed lock, bit for bit, to --orig-data."""
     key = sealing.read_key(args.key)
     sealed = {paths: lockfiles.read_manifest(paths) for paths in lockfiles.locks_in(args.lock_data)}
-    sealed = {paths: manifest for paths, manifest in sealed.items() if manifest["sealed_with"]}
+    methods = args.lock_method or METHODS
+    sealed = {
+        paths: manifest
+        for paths, manifest in sealed.items()
+        if manifest["sealed_with"] and manifest["settings"]["method"] in methods
+    }
     if not sealed:
-        raise UserError(f"--lock-data {args.lock_data}: holds no sealed lock; lock with --key-out")
+        by = f" by {', '.join(methods)}" if args.lock_method else ""
+        raise UserError(f"--lock-data {args.lock_data}: holds no sealed lock{by}; lock with --key-out")
     mine, keys = sealing.fingerprint(key), [manifest["sealed_with"] for manifest in sealed.values()]
     if mine not in keys:
         raise UserError(
@@ -341,8 +350,8 @@ def parse_arguments():
         "--lock-method",
         choices=[*METHODS, "all"],
         nargs="+",
-        default=["basic"],
-        help="how attacks are combined; several share their attacks (default: basic)",
+        help="how attacks are combined; several share their attacks (default: basic; with --unlock: that of the most "
+        "images)",
     )
     add("--eps", type=number(float, 0), default=0.5, help="L2 radius, in pixels of [0, 1] (default: %(default)s)")
     add("--attack-lr", type=number(float, 0), default=0.1, help="L2 length of a step (default: %(default)s)")
@@ -395,6 +404,8 @@ def complete_arguments(args):
     """The arguments with the defaults that depend on others; raises UserError where some do not go together."""
     if bool(args.unlock) != bool(args.key):
         raise UserError("--unlock and --key KEYFILE go together")
+    if args.unlock and args.verify:
+        raise UserError("--verify only checks a lock, --unlock only unlocks it: give one of them")
     if args.unlock and not args.orig_data:
         raise UserError("--unlock needs --orig-data: a new folder for the originals")
     args.orig_data = args.orig_data or "./data/cifar10"
@@ -403,12 +414,14 @@ def complete_arguments(args):
             raise UserError(f"{flag} {path}: lies in the folder that is handed out; name another place")
     if not args.unlock:
         args.format = args.format or ["tensor"]
-    args.lock_method = list(METHODS) if "all" in args.lock_method else list(dict.fromkeys(args.lock_method))
+    methods = args.lock_method or ([] if args.unlock else ["basic"])
+    args.lock_method = list(METHODS) if "all" in methods else list(dict.fromkeys(methods))
     for name in ("alpha", "lambd"):
         if getattr(args, name) is None:
             setattr(args, name, 0.5)
         elif not any(name in parameters_of(method) for method in args.lock_method):
-            raise UserError(f"--{name}: --lock-method {' '.join(args.lock_method)} has no use for it; leave it out")
+            what = f"--lock-method {' '.join(args.lock_method)}" if args.lock_method else "--unlock"
+            raise UserError(f"--{name}: {what} has no use for it; leave it out")
     return args
 
 

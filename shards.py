@@ -202,6 +202,8 @@ def read_shard(paths, split, start):
     try:
         shard = utils.load_whole(path)
         return shard if shard["of"] == path.name else None
+    except PermissionError:
+        raise
     except Exception:  # absent, or damaged, which fails in many ways; all mean the same: this batch is to be locked
         return None
 
@@ -258,9 +260,7 @@ def finish(paths, settings, splits, formats, key):
     }
     files = stage(paths, splits, locked, formats, key)
     paths.remove()  # an older lock, which was whole until now
-    manifest = publish(paths, manifest, files, key)
-    utils.discard(paths.partial, paths.trash)
-    return manifest
+    return publish(paths, manifest, files, key)
 
 
 def add_outputs(paths, manifest, splits, formats, key):

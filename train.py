@@ -180,7 +180,7 @@ def load_data(config):
         if manifests["train"]:
             check_originals(part, "train", manifests["train"], config)
         data["train"] = part.first(len(data["train"][0]))[:2]
-    return {name: (preprocess(images, config), labels) for name, (images, labels) in data.items()}, manifests["train"]
+    return data, manifests["train"]
 
 
 def check_manifest(manifest, split, train_manifest, original, config):
@@ -330,6 +330,8 @@ def start_or_resume(resume, model, config, folder, checkpoint, data_hash, log):
 
 def run(args, config, data, manifest, folder, suffix):
     """Train in a folder, from the start or from the last whole checkpoint; writes all that a run leaves behind."""
+    data_hash = fingerprint(data)  # as the files hold them: another CPU may round differently in preprocessing them
+    data = {name: (preprocess(images, config), labels) for name, (images, labels) in data.items()}
     device, reason = utils.pick_device(config.use_gpu)
     torch.manual_seed(config.seed)
     torch.backends.cudnn.benchmark = True
@@ -353,7 +355,6 @@ def run(args, config, data, manifest, folder, suffix):
     if not torch.equal(labels, original_labels[: len(labels)]):
         log("warning: the labels of the locked and the original test set differ: another order, or another data set?")
     utils.make_folder(checkpoint.parent)
-    data_hash = fingerprint(data)
     config.compile = utils.pick_compile(config.compile, device.type == "cuda", config.epochs * len(data["train"][1]))
     learner, done, history = start_or_resume(args.resume, model, config, folder, checkpoint, data_hash, log)
     evaluated = history[-1]["epoch"] if history else 0  # the last epoch that was

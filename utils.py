@@ -84,10 +84,18 @@ def run_command(main, if_interrupted="nothing more was written"):
     except KeyboardInterrupt:
         print(f"interrupted: {if_interrupted}", file=sys.stderr)
         sys.exit(130)
-    except (UserError, OSError, torch.cuda.OutOfMemoryError) as error:
-        message = "the GPU's memory is full; take smaller batches" if isinstance(error, RuntimeError) else error
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
+        full = memory_is_full(error)
+        if isinstance(error, RuntimeError) and not full:
+            raise
+        message = "the memory is full; take smaller batches" if full else error
         print(f"{command_name()}: error: {printable(message)}", file=sys.stderr)
         sys.exit(2)
+
+
+def memory_is_full(error):
+    """Whether an error says that a GPU or a CPU has no memory left, for a tensor or for anything else."""
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def quiet_excepthook(args):
@@ -336,9 +344,9 @@ def check_size(model, images, where):
     try:
         with torch.no_grad():
             model.eval()(images)
-    except torch.cuda.OutOfMemoryError:
-        raise
     except (RuntimeError, AssertionError) as error:
+        if memory_is_full(error):
+            raise
         size = f"{images.shape[3]}x{images.shape[2]}"
         raise UserError(
             f"{where}: does not take images of {size} pixels ({first_line(error)}); choose another, as preresnet20"

@@ -77,6 +77,24 @@ def test_a_checkpoint_of_something_else(tmp_path):
         checkpoints.read_checkpoint(tmp_path / "ckpt.pth.tar", log=print)
 
 
+def test_a_checkpoint_that_may_not_be_read_is_not_damaged(tmp_path, monkeypatch):
+    """Nor is it deleted for the one before it."""
+    path = tmp_path / "ckpt.pth.tar"
+    for each in (path, checkpoints.previous(path)):
+        torch.save(dict.fromkeys(checkpoints.CHECKPOINT_KEYS, 1), each)
+    load = checkpoints.load_whole
+
+    def denied(file):
+        if file == path:
+            raise PermissionError(13, "Permission denied", str(file))
+        return load(file)
+
+    monkeypatch.setattr(checkpoints, "load_whole", denied)
+    with pytest.raises(PermissionError, match="ckpt.pth.tar"):
+        checkpoints.read_checkpoint(path, log=print)
+    assert path.exists()
+
+
 def test_a_run_that_comes_from_a_cpu_draws_anew_on_a_gpu(monkeypatch, tmp_path):
     config, seeds, learner = config_of(tmp_path, seed="5"), [], learner_of(nn.Linear(1, 1), lr=0)
     state = checkpoints.snapshot(learner, 3, [], config, "")

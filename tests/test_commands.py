@@ -118,12 +118,17 @@ def test_train_and_resume(place, command, monkeypatch, capsys):
     assert len(events.Images("images/originals, locked, 10 x difference")) == 1
 
 
-def test_what_is_trained_on_and_tested_with(place):
-    """A control trains on as many originals; preprocessing changes all three sets alike."""
+def test_what_is_trained_on_and_tested_with(place, command, monkeypatch):
+    """A control trains on as many originals; preprocessing changes all three sets alike, and leaves their hash."""
     config = load_config(place / "preresnet8" / "config.yaml", {})
     plain, manifest = train.load_data(config)
-    control, _ = train.load_data(load_config(place / "preresnet8" / "config.yaml", {"train_on": "original"}))
-    bits, same = train.load_data(load_config(place / "preresnet8" / "config.yaml", {"preprocess.bits": "1"}))
+    control, same = train.load_data(load_config(place / "preresnet8" / "config.yaml", {"train_on": "original"}))
+    seen = []
+    monkeypatch.setattr(train.runs, "show_pictures", lambda data, *rest: seen.append(data))
+    work = place / "preresnet8"
+    command(train.main, "--work-path", work, "--epochs", 1, "--seed", 52, "--preprocess.bits", 1)
+    bits, kept = seen[0], torch.load(work / "basic" / "seed52" / "ckpt.pth.tar")["data"]
+    assert kept == train.fingerprint(plain) != train.fingerprint(control)
     originals = data.load_digits(None, "train").first(96)
     assert torch.equal(control["train"][0], originals.images) and torch.equal(control["train"][1], originals.labels)
     assert torch.equal(plain["train"][0], torch.cat(torch.load(place / "train_image_basic"))) and same == manifest
@@ -216,11 +221,20 @@ def test_training_goes_on_from_pretrained_weights(place, command, user_error, ca
     command(train.main, *trained, "--epochs", 2, "--resume")
 
 
-def test_a_gpu_with_full_memory_is_one_line(user_error):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: ..."),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_full_memory_is_one_line(user_error, error):
     def main():
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB.")
+        raise error
 
-    assert "the GPU's memory is full; take smaller batches" in user_error(main)
+    assert "the memory is full; take smaller batches" in user_error(main)
 
 
 def test_mistakes_in_training(place, user_error, command, tmp_path):

@@ -233,6 +233,28 @@ def cut(monkeypatch):
     return run
 
 
+def test_methods_that_replace_older_locks_are_attacked_once(place, command, monkeypatch, tmp_path):
+    """Also where the process is stopped between the files of one and of the other."""
+    flags = [*lock_flags(place, tmp_path), "--subset", 4, "--lock-method", "basic", "mixup"]
+    command(lock.main, *flags)
+    flags += ["--eps", 0.7, "--overwrite"]
+    finish = shards.finish
+
+    def stop_before_mixup(paths, *args):
+        if paths.suffix != "basic":
+            raise KeyboardInterrupt
+        return finish(paths, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(shards, "finish", stop_before_mixup)
+        command(lock.main, *flags)
+    monkeypatch.setattr(lock, "attack", None)
+    command(lock.main, *flags)
+    manifests = [lockfiles.read_manifest(lockfiles.Paths(tmp_path, suffix)) for suffix in ("basic", "50_mixup")]
+    assert [manifest["settings"]["eps"] for manifest in manifests] == [0.7, 0.7]
+    assert not list(tmp_path.glob(".lock_*"))
+
+
 @pytest.mark.parametrize("task", ["replace an older lock", "add PNG files and seals"])
 def test_a_lock_is_finished_wherever_it_was_cut_off(place, command, monkeypatch, cut, tmp_path, task):
     """Before each change of the disk, from the last shard on: then either lock is whole, or the new one's shards."""

@@ -131,6 +131,19 @@ def test_a_trial_beside_a_lock_is_not_what_is_unlocked(sealed, place, command, c
     assert capsys.readouterr().out.count("96 images in") == 2
 
 
+def test_the_lock_of_a_method_is_unlocked(place, locked, command, user_error, tmp_path):
+    """Where a key sealed several, whatever else they are of."""
+    flags = [*lock_flags(place, locked), "--key-out", tmp_path / "key"]
+    command(lock.main, *flags, "--lock-method", "horiz")
+    command(lock.main, *flags, "--subset", 64, "--overwrite", "--lock-method", "basic")
+    unlock = ["--unlock", "--lock-data", locked, "--orig-data", tmp_path / "out", "--key", tmp_path / "key"]
+    assert "holds no sealed lock by mixup" in user_error(lock.main, *unlock, "--lock-method", "mixup")
+    assert "--alpha: --unlock has no use for it" in user_error(lock.main, *unlock, "--alpha", 0.3)
+    assert "--verify only checks a lock" in user_error(lock.main, *unlock, "--verify", locked)
+    command(lock.main, *unlock, "--lock-method", "basic", "--format", "tensor")
+    assert len(torch.cat(torch.load(tmp_path / "out" / "train_image_original"))) == 64
+
+
 def test_what_cannot_be_unlocked(sealed, place, command, user_error, tmp_path):
     folder, key = sealed
     (folder / "lock_50_horiz.json").unlink()
