@@ -314,7 +314,8 @@ def check_arguments(args):
     if args.save_ckpt_iters == 0:
         raise UserError("--save-ckpt-iters 0: must be -1, for none, or at least 1")
     check_expressions(args)
-    broken = args.constraint in ("fourier", "random_smooth", *["unconstrained"] * bool(args.random_start))
+    broken = args.constraint in ("fourier", "random_smooth")
+    broken = broken or (args.constraint == "unconstrained" and args.random_start)
     if args.mixed_precision or args.random_restarts or broken:
         raise UserError(
             "--mixed-precision 1, --random-restarts, --constraint fourier or random_smooth, and unconstrained with "
