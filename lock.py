@@ -236,7 +236,7 @@ def write_locks(locks, manifests, settings, splits, args):
         print(describe(paths, manifest))
     for method, paths in locks.items():  # only now: with --overwrite, a method without its shards would be locked again
         if not manifests[method]:
-            utils.discard(paths.partial, paths.trash)
+            shards.forget(paths)
 
 
 def choose(args, locks, classifier, splits, device):

@@ -165,9 +165,14 @@ def begin(paths, settings):
     except UserError:  # damaged, and to be overwritten: find_finished has seen it
         begun = None
     if begun != settings:
-        utils.discard(paths.partial, paths.trash)
+        forget(paths)
         paths.partial.mkdir()
         write_file(paths.partial / "settings.json", json.dumps(settings).encode())
+
+
+def forget(paths):
+    """Delete the shards of a lock, or of one in the making."""
+    utils.discard(paths.partial, paths.trash)
 
 
 # Shards
@@ -266,7 +271,7 @@ def finish(paths, settings, splits, formats, key):
 def add_outputs(paths, manifest, splits, formats, key):
     """Write what of the formats and the seal a finished lock lacks; returns its manifest."""
     if begun_with(paths) == manifest["settings"]:  # it was finished, but the process killed before it deleted these
-        utils.discard(paths.partial, paths.trash)
+        forget(paths)
     formats = [form for form in formats if form not in lockfiles.formats_of(paths, manifest)]
     key = key if manifest["sealed_with"] is None else None
     if not formats and not key:

@@ -333,16 +333,17 @@ def check_arguments(args):
 
 def check_expressions(args):
     """robustness evaluates these flags as Python; let through only numbers, fractions and lists of numbers."""
-    lengths, multipliers = ("eps", "attack_lr"), ("custom_lr_multiplier", "custom_eps_multiplier")
-    for name in (*lengths, *multipliers):
+    length = parse_length, "a number of at least 0"
+    multiplier = parse_multiplier, "[(epoch, factor), ...], epochs in their order, factors of at least 0"
+    flags = dict.fromkeys(("eps", "attack_lr"), length)
+    flags |= dict.fromkeys(("custom_lr_multiplier", "custom_eps_multiplier"), multiplier)
+    for name, (parse, expected) in flags.items():
         given = getattr(args, name)
         if given is None or (name, given) == ("custom_lr_multiplier", "cyclic"):
             continue
         try:
-            setattr(args, name, str(parse_length(given) if name in lengths else parse_multiplier(given)))
+            setattr(args, name, str(parse(given)))
         except (ValueError, TypeError, SyntaxError, ZeroDivisionError, OverflowError) as error:
-            multiplier = "[(epoch, factor), ...], epochs in their order, factors of at least 0"
-            expected = "a number of at least 0" if name in lengths else multiplier
             raise UserError(f"--{name.replace('_', '-')} {given}: expected {expected}") from error
 
 
@@ -397,12 +398,11 @@ def read_resumed(args, model):
     return {**checkpoint, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
 
 
-def keep_best(args):
-    """The accuracy of a folder's checkpoint.pt.best, which the one of --resume becomes where it is better: a run can be
-    stopped after robustness wrote the latest, and before it wrote the best."""
-    best, key = folder_of(args) / "checkpoint.pt.best", accuracy_key(args.adv_train)
-    known = read_checkpoint(best).get(key, 0) if best.exists() else 0
-    resumed = read_checkpoint(args.resume)[key]
+def keep_best(args, resumed):
+    """The accuracy of a folder's checkpoint.pt.best, which the checkpoint of --resume, of the accuracy resumed, becomes
+    where it is better: a run can be stopped after robustness wrote the latest, and before it wrote the best."""
+    best = folder_of(args) / "checkpoint.pt.best"
+    known = read_checkpoint(best).get(accuracy_key(args.adv_train), 0) if best.exists() else 0
     if resumed > known:
         write_file(best, Path(args.resume).read_bytes())
     return max(known, resumed)
@@ -530,7 +530,8 @@ def train():
             loaders = Batches(train_split, device, args.batch_size, augment, shuffle=True), test_batches
             speed_up(model.model, args, device, args.epochs * len(train_split.labels))
             if checkpoint and goes_on(args):
-                checkpoint[accuracy_key(args.adv_train)] = keep_best(args)
+                key = accuracy_key(args.adv_train)
+                checkpoint[key] = keep_best(args, checkpoint[key])
             # one GPU: the copies for others would call the forward that is bound to the first one's weights
             gpus = [device.index] if device.type == "cuda" else None
             main.train_model(args, model.to(device), loaders, store=store, checkpoint=checkpoint, dp_device_ids=gpus)

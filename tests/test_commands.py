@@ -330,12 +330,14 @@ def test_mistakes_in_the_base_classifier(place, user_error, tmp_path):
     for text in ("exit()", "[]", "[(10, 1), (5, 1)]", "[(0, 1e999)]", "[(0, -1)]"):
         line = user_error(base.train, *flags, "--exp-name", "new", "--custom-lr-multiplier", text)
         assert f"--custom-lr-multiplier {text}: expected [(epoch, factor), ...]" in line
-    line = user_error(base.train, *flags, "--exp-name", "new", "--custom-eps-multiplier", "cyclic")
-    assert "--custom-eps-multiplier cyclic: expected" in line
+    for text in ("exit()", "cyclic"):
+        line = user_error(base.train, *flags, "--exp-name", "new", "--custom-eps-multiplier", text)
+        assert f"--custom-eps-multiplier {text}: expected [(epoch, factor), ...]" in line
     evaluated = ["--dataset", "digits", "--arch", "preresnet8", "--eval-only", 1]
     assert "--out-dir is required" in user_error(base.train, *evaluated, "--resume", tmp_path / "weights")
     for more in (["--mixed-precision", 1], ["--constraint", "unconstrained", "--random-start", 1]):
-        assert "do not work in robustness 1.2.1" in user_error(base.train, *flags, "--exp-name", "new", *more)
+        line = user_error(base.train, *flags, "--exp-name", "new", *more)
+        assert "--mixed-precision 1, " in line and "do not work in robustness 1.2.1" in line
     line = user_error(base.train, *flags, "--exp-name", "new", "--step-lr-gamma", "nan")
     assert "--step-lr-gamma nan: must be a finite number" in line
     line = user_error(base.train, *flags, "--exp-name", "new", "--arch", "mobilenet_v2", "--batch-size", 359)
