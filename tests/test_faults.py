@@ -68,26 +68,30 @@ def finish(*arguments, **options):
 def kill_at_random_moments(main, arguments_in, folders):
     """Run a command in each folder, kill it at a random moment, and run it again until its end.
 
-    The first folder's is not killed, and tells how long a run takes.
+    The first folder's is not killed, and tells how long a run takes; so does each that ends before its moment, since
+    the machine may have been busier at first.
     """
     finish(print, [])  # the process that is forked from has imported everything by then
     begun = time.time()
     assert finish(main, arguments_in(folders[0])) == 0
-    duration = time.time() - begun
-    moments = random.Random(0)
+    durations = [time.time() - begun]
+    draw = random.Random(0)
 
-    def kill_one(folder_and_moment):
-        folder, moment = folder_and_moment
+    def kill_one(folder_and_share):
+        folder, share = folder_and_share
+        begun = time.time()
         process = start(main, arguments_in(folder))
-        wait(process, moment)
+        wait(process, share * min(durations))
         with TURN:
             process.kill()
         killed = wait(process)
+        if killed == 0:
+            durations.append(time.time() - begun)
         output = folder.with_name(f"{folder.name}.output")
         return killed, finish(main, arguments_in(folder), output=output), output
 
     with ThreadPoolExecutor(2) as pool:
-        codes = list(pool.map(kill_one, [(folder, moments.uniform(0, duration)) for folder in folders[1:]]))
+        codes = list(pool.map(kill_one, [(folder, draw.random()) for folder in folders[1:]]))
     for _, after, output in codes:
         assert after == 0, output.read_text()
     assert sum(before == -9 for before, *_ in codes) > len(codes) / 2  # some may have ended before their moment
