@@ -100,14 +100,15 @@ def load_config(path, overrides):
         raise UserError(f"{path}: no such file; the work path is a folder with a config.yaml")
     try:
         content = yaml.load(Path(path).read_bytes(), Loader)
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of 2024-02-30, say
+        flat = flatten(content if isinstance(content, dict) else {})
+    except Exception as error:  # a file that is no YAML fails in many ways; all mean the same here
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected keys and values, like 'epochs: 250'")
     for alias, key in ALIASES.items():
         if {alias, key} <= content.keys():
             raise UserError(f"{path}: {alias} and {key} are one key; give one of them")
-    given = {ALIASES.get(key, key): value for key, value in flatten(content).items()}
+    given = {ALIASES.get(key, key): value for key, value in flat.items()}
     where = {key: f"{path}: {key}" for key in [*KEYS, *given]}
     for key, text in overrides.items():
         # text stays text where text is wanted: a folder named 1e3 is no number
@@ -144,7 +145,7 @@ def parse_value(text):
     """The YAML value of a flag, or the text itself where it is no YAML."""
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
+    except Exception:  # text that is no YAML fails in many ways, too
         return text
 
 

@@ -1,5 +1,7 @@
 """Models and training steps as graphs, so that a GPU need not wait for Python: torch.compile, and CUDA graphs."""
 
+import gc
+
 import torch
 from torch._functorch import config as functorch_config
 
@@ -80,6 +82,7 @@ class Captured:
     def record(self, inputs):
         """Record the function's kernels, which does not run them; raises UserError where that cannot be."""
         self.inputs = [tensor.clone() for tensor in inputs]
+        gc.collect()  # an older graph, or a compiled kernel, that is freed in the course of a recording would end it
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self.stream):

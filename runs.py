@@ -19,7 +19,7 @@ from checkpoints import best_of, best_record
 from config import FREE_ON_RESUME
 from data import to_float
 from lockfiles import parse_suffix
-from utils import UserError, flatten, write_file
+from utils import UserError, flatten, printable, write_file
 
 # Before it starts
 
@@ -149,7 +149,7 @@ def is_finished(path, epochs):
 def add_hparams(writer, config, result):
     """Write the config and the final accuracies to TensorBoard's table of hyper-parameters."""
     values = {key: value for key, value in flatten(config).items() if key not in FREE_ON_RESUME}
-    values = {key: str(value) if isinstance(value, list) else value for key, value in values.items()}
+    values = {key: printable(value) if isinstance(value, (str, list)) else value for key, value in values.items()}
     metrics = {f"final/{name}": value for name, value in result.items() if name.endswith("_acc")}
     for part in hparams({**values, "lock_method": result["lock_method"], "name": result["name"]}, metrics):
         writer.file_writer.add_summary(part)  # SummaryWriter.add_hparams would make a run of its own

@@ -241,6 +241,8 @@ def parse_arguments():
         raise UserError(f"unknown flag {unknown[0]}{utils.did_you_mean(name, KEYS)}")
     if args.name and (not is_plain(args.name) or args.name.startswith((".", "seed"))):
         raise UserError(f"--name {args.name}: must be the name of a folder, and not begin with a dot or with seed")
+    if args.name == "plain":
+        raise UserError("--name plain: is what tables call a run without a name; choose another, or leave it out")
     overrides = {key: value for key, value in vars(args).items() if key in KEYS and value is not None}
     config = load_config(Path(args.work_path, "config.yaml"), overrides)
     if args.resume and args.overwrite:
@@ -358,11 +360,12 @@ def run(args, config, data, manifest, folder, suffix):
     config.compile = utils.pick_compile(config.compile, device.type == "cuda", config.epochs * len(data["train"][1]))
     learner, done, history = start_or_resume(args.resume, model, config, folder, checkpoint, data_hash, log)
     evaluated = history[-1]["epoch"] if history else 0  # the last epoch that was
-    if evaluated == config.epochs and runs.is_finished(folder / "result.json", done):  # nothing is written again
+    picture = folder / "images.png"
+    finished = evaluated == config.epochs and runs.is_finished(folder / "result.json", done)
+    if finished and picture.exists():  # nothing is written again
         log(runs.outcome(runs.summary(config, suffix, args.name, history)))
         return
     writers = runs.open_writers(folder, done + 1)
-    picture = folder / "images.png"
     if not done or not picture.exists():
         runs.show_pictures(data, picture, writers["run"])
     data = {name: (images.to(device), labels.to(device)) for name, (images, labels) in data.items()}

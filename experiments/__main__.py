@@ -90,7 +90,7 @@ def commands(args, rest):
 
 
 def run(command, slots, threads, running, stopped):
-    """Run a command, and keep its process in the list running meanwhile; returns its exit code and what it said last.
+    """Run a command, and keep its process in the list running meanwhile; returns its exit code and what it came to.
 
     Meanwhile it holds a slot from the queue: it computes on the GPU of that number, modulo their count, or on a CPU
     with so many threads. Once the event stopped is set, nothing goes on that was just being started.
@@ -107,9 +107,11 @@ def run(command, slots, threads, running, stopped):
             running.remove(child)
     finally:  # or, where no process can be started, the next run would wait for the number forever
         slots.put(slot)
-    lines = (error if child.returncode else out).strip().splitlines()
+    said = (error if child.returncode else out).strip()
+    if child.returncode == 1:  # an error that nobody foresaw: all of what is known of it
+        return 1, said
     killed = child.returncode < 0  # whatever it said before, that was not why
-    return child.returncode, lines[-1] if lines and not killed else f"exit code {child.returncode}"
+    return child.returncode, said.splitlines()[-1] if said and not killed else f"exit code {child.returncode}"
 
 
 def run_all(args, rest):
@@ -162,17 +164,18 @@ def read_result(path):
         result["settings"] = settings_of(result)
         # but for the seed, what makes it this run; :s and :d refuse values of other types
         same = "{dataset} {architecture:s} {method} {name:s} {epochs:d}".format(**result)
-        result["group"] = json.dumps([same, result["settings"]])
+        result["group"] = json.dumps([same, result["settings"]], sort_keys=True)
         result["id"] = json.dumps([result["seed"], result["history"]])
         result["curves"] = {
-            key: {record["epoch"]: float(record[key]) for record in result["history"]}
+            key: {int(record["epoch"]): float(record[key]) for record in result["history"]}
             for key in ("locked_acc", "orig_acc")
         }
         result["most"] = max(result["curves"]["orig_acc"].values())
         result["images"] = result["lock"] and result["lock"]["report"]["train"]["images"]
         result["lock_name"] = lock_of(result)
+        result["paper"] = paper_accuracies(result)
         return result
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{path}: not a result of train.py, or damaged; take it away, and train.py --resume writes it again"
         ) from error
@@ -188,7 +191,11 @@ def gather(folders):
         result = read_result(path)
         groups.setdefault(result["group"], {})[result["id"]] = result
     found = sorted(([*group.values()] for group in groups.values()), key=place_in_table)
-    tell_apart(found)
+    columns = "dataset", "architecture", "method", "name", "lock_name", "epochs"
+    rows = [tuple(group[0][column] for column in columns) for group in found]
+    for group, difference in zip(found, tell_apart(rows, [group[0]["settings"] for group in found])):
+        for result in group:
+            result["label"] = ", ".join(filter(None, [result["name"] or "plain", difference]))
     return found
 
 
@@ -206,22 +213,24 @@ def settings_of(result):
     return config | flatten({"lock": result["lock"]["settings"]} if result["lock"] else {})
 
 
-def tell_apart(groups):
-    """Give each result a label: the name of its run and, where other groups would have the same row, what differs."""
-    alike = {}
-    for group in groups:
-        first = group[0]
-        label = first["name"] or "plain"
-        columns = [first[key] for key in ("dataset", "architecture", "method", "lock_name", "epochs")]
-        alike.setdefault((label, *columns), []).append(group)
-    for (label, *_), members in alike.items():
-        settings = [group[0]["settings"] for group in members]
-        keys = dict.fromkeys(itertools.chain(*settings))
-        differing = [key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)]
-        shown = [key for key in differing if "sha256" not in key] or differing[:1]
-        for result in itertools.chain(*members):
-            ours = result["settings"]
-            result["label"] = ", ".join([label, *(f"{key} {str(ours[key])[:40]}" for key in shown if key in ours)])
+def tell_apart(names, settings):
+    """What to add to each of several names, that they differ: for equal ones, that of their settings, flat dicts, which
+    is not the same in all of them; without hashes, and cut, where that is enough."""
+    alike, added = {}, [""] * len(names)
+    for index, name in enumerate(names):
+        alike.setdefault(name, []).append(index)
+    for members in alike.values():
+        ours = [settings[index] for index in members]
+        keys = dict.fromkeys(itertools.chain(*ours))
+        differing = [key for key in keys if any(one.get(key) != ours[0].get(key) for one in ours)]
+        readable = [key for key in differing if "sha256" not in key]
+        for shown, width in (readable, 40), (differing, 40), (differing, None):
+            texts = [", ".join(f"{key} {str(one[key])[:width]}" for key in shown if key in one) for one in ours]
+            if len(set(texts)) == len(members):
+                break
+        for index, text in zip(members, texts):
+            added[index] = text
+    return added
 
 
 def method_of(result):
@@ -270,7 +279,7 @@ def table(groups):
     columns += "best original, %", "locked, %", "paper, original / locked"
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for group in groups:
-        first, paper = group[0], paper_accuracies(group[0])
+        first, paper = group[0], group[0]["paper"]
         cells = [first[key] for key in ("dataset", "architecture", "method", "label", "lock_name", "epochs")]
         cells.append(len(group))
         cells += [mean_std([result[key] for result in group]) for key in ("orig_acc", "most", "locked_acc")]
@@ -282,8 +291,10 @@ def table(groups):
 def training_of(result):
     """What a training was, but for its lock, seed and precision, and for what has no control of its own."""
     free = FREE_ON_RESUME | {"seed", "precision", *VARIANTS["cutout"], *VARIANTS["mixup"], *VARIANTS["cutmix"]}
-    config = flatten(CONFIG) | flatten(result["config"]) | {"dataset": result["dataset"], "images": result["images"]}
-    return {key: value for key, value in config.items() if key not in free}
+    config, lock = flatten(CONFIG) | flatten(result["config"]), result["lock"]
+    originals = lock["settings"]["original_sha256"]["train"] if lock else config["orig_data_path"]
+    training = {key: value for key, value in config.items() if key not in free}
+    return training | {"dataset": result["dataset"], "images": result["images"], "originals": originals}
 
 
 def control_of(result, groups):
@@ -347,17 +358,27 @@ def draw(axis, results, key, color, style):
 
 def pictures(groups):
     """What the runs of each lock saw, by the name of the lock, as pictures [height, width, colours] of rows of images:
-    the originals, unless they are those of the lock above, locked images, and the difference."""
-    found, originals = {}, None
-    for group in groups:
-        lock = "{dataset}, {method} ({lock_name})".format(**group[0])
+    the originals, unless they are those of the lock above, locked images, and the difference.
+
+    A run that saw them preprocessed counts only where there is no other. Raises UserError for a damaged picture.
+    """
+    locks, found, originals = {}, {}, None
+    for group in sorted(groups, key=lambda group: any(key.startswith("preprocess.") for key in group[0]["settings"])):
+        name = "{dataset}, {method} ({lock_name})".format(**group[0])
+        settings = {key: value for key, value in group[0]["settings"].items() if key.startswith("lock")}
         file = next((file for result in group if (file := result["folder"] / "images.png").exists()), None)
-        if file and lock not in found:
+        if file:
+            locks.setdefault(json.dumps([name, settings], sort_keys=True), (name, settings, file))
+    names, settings, files = zip(*locks.values()) if locks else ((), (), ())
+    for name, difference, file in zip(names, tell_apart(names, settings), files):
+        try:
             rows = image.imread(file)
-            height = len(rows) // 3
-            repeated = originals is not None and np.array_equal(originals, rows[:height])
-            originals = rows[:height]
-            found[lock] = rows[height:] if repeated else rows
+        except Exception as error:  # a damaged file fails in many ways; all mean the same here
+            raise UserError(f"{file}: damaged; delete it, and train.py --resume writes it again") from error
+        height = len(rows) // 3
+        repeated = originals is not None and np.array_equal(originals, rows[:height])
+        originals = rows[:height]
+        found[f"{name} {difference}".strip()] = rows[height:] if repeated else rows
     return found
 
 
@@ -424,7 +445,8 @@ def parse_arguments():
                 f"{flag}: --run names its runs by variant, and goes on with them; leave it out (a run whose folder you "
                 "delete starts again)"
             )
-    for name, known in {"lock_method": METHODS, "variant": VARIANTS, "seed": [], "work_path": []}.items():
+    args.work_path = list({os.path.realpath(path): path for path in args.work_path}.values())
+    for name, known in {"lock_method": METHODS, "variant": VARIANTS, "seed": []}.items():
         given = getattr(args, name)
         setattr(args, name, list(known) if known and "all" in given else list(dict.fromkeys(given)))
     for flag in flags:

@@ -108,6 +108,11 @@ def test_train_and_resume(place, command, monkeypatch, capsys):
     assert events.Scalars("loss/train")[-1].step == 4
     assert events.Scalars("final/orig_acc")[0].value == pytest.approx(result["orig_acc"])
     assert "_hparams_/session_start_info" in events.summary_metadata
+    content = (resumed / "result.json").read_bytes()
+    (resumed / "images.png").unlink()
+    command(train.main, "--work-path", place / "stopped", *TRAIN, "--resume")
+    assert (resumed / "images.png").read_bytes() == (whole / "images.png").read_bytes()
+    assert (resumed / "result.json").read_bytes() == content
 
     # once finished, the same command says so, and writes nothing again
     before = {path: path.read_bytes() for path in resumed.rglob("*") if path.is_file() and path.name != "log.txt"}
@@ -388,6 +393,7 @@ def test_mistakes_in_names_and_labels(place, user_error, tmp_path, locked):
     work = ["--work-path", place / "preresnet8", "--seed", 40, "--epochs", 1]
     for name in ("../a", ".a", "seed1"):
         assert "must be the name of a folder" in user_error(train.main, *work, "--name", name)
+    assert "--name plain: is what tables call" in user_error(train.main, *work, "--name", "plain")
     for name in ("test_image", "test_label"):
         (tmp_path / f"{name}_other").write_bytes((place / f"{name}_basic").read_bytes())
     flags = ["--locked_test_image", tmp_path / "test_image_other", "--locked_test_label", tmp_path / "test_label_other"]

@@ -108,6 +108,8 @@ def test_overrides(tmp_path):
         ("architecture", "config.yaml: expected keys and values"),
         ("a: [", "config.yaml: cannot be read"),
         (MINIMAL[:-1] + ", ckpt_name: 2024-02-30}", "config.yaml: cannot be read .day is out of range"),
+        (MINIMAL[:-1] + ", optimize: &itself {momentum: *itself}}", "config.yaml: cannot be read .maximum recursion"),
+        (MINIMAL[:-1] + ", epochs: !!int ''}", "config.yaml: cannot be read"),
         (
             "epochs: 1\noptimize: {momentum: 0.9}\nepochs: 2",
             "config.yaml: cannot be read .epochs is given twice .*line 3",

@@ -21,7 +21,7 @@ from experiments import __main__ as study
 from methods import METHODS
 from models import MODELS
 from tests.conftest import config_of
-from utils import flatten
+from utils import UserError, flatten
 
 RESULT = {
     "architecture": "vgg19", "dataset": "cifar10", "lock_method": "basic", "name": "", "seed": 0, "epochs": 2,
@@ -34,7 +34,7 @@ RESULT = {
 def lock_of(**settings):
     """What of a manifest is looked at."""
     usual = {"eps": 0.5, "attack_steps": 100, "subset": None, "arch": "resnet50", "base_sha256": "0123456789"}
-    settings = usual | settings
+    settings = usual | {"original_sha256": {"train": "0", "test": "0"}} | settings
     return {"settings": settings, "report": {"train": {"images": settings["subset"] or 50000}}}
 
 
@@ -55,6 +55,7 @@ def results(tmp_path):
         {"lock": lock_of(subset=64)},
         {"lock": lock_of(attack_steps=9)},
         {"dataset": "digits"},  # a copy
+        {"dataset": "digits", "orig_acc": 29.0, "seed": 1, "config": {"seed": 1, "epochs": 2}},  # its keys reordered
     ]
     for index, other in enumerate([{}, *others]):  # only the second is of the same kind as the first
         folder = tmp_path / "runs" / f"{index:x}"
@@ -87,7 +88,7 @@ def test_the_table_puts_seeds_together_beside_the_papers_numbers(results, comman
         "| cifar10 | vgg19 | basic | jpeg10 | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
         "| cifar10 | vgg19 | basic | a$x_{/$ | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
         "| cifar10 | vgg19 | horiz alpha 0.3 | plain | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
-        "| digits | vgg19 | basic | plain | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
+        "| digits | vgg19 | basic | plain | no manifest | 2 | 2 | 28.50 ± 0.71 | 29.00 ± 0.00 | 93.00 ± 0.00 |  |",
     ]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -107,8 +108,9 @@ def test_what_is_drawn(results, monkeypatch, tmp_path):
 def test_a_control_is_that_of_the_same_training():
     """By its config, whatever its name; mixup has none of its own."""
 
-    def run(images=50000, train_on="locked", **keys):
-        return {"dataset": "cifar10", "images": images, "config": {"train_on": train_on, **keys}}
+    def run(images=50000, train_on="locked", originals="0", **keys):
+        lock = lock_of(original_sha256={"train": originals})
+        return {"dataset": "folder", "images": images, "config": {"train_on": train_on, **keys}, "lock": lock}
 
     jpeg = {"preprocess": {"jpeg_quality": 10}}
     controls = [[run(train_on="original", **keys)] for keys in ({}, jpeg)]
@@ -117,21 +119,46 @@ def test_a_control_is_that_of_the_same_training():
     for index, keys in enumerate(({}, jpeg)):
         assert study.control_of(run(**keys), groups) is controls[index]
     assert study.control_of(run(mixup=True, seed=3, eval_freq=9), groups) is controls[0]
-    assert study.control_of(run(preprocess={"bits": 2}), groups) is study.control_of(controls[0][0], groups) is None
+    for other in run(preprocess={"bits": 2}), run(originals="1"), controls[0][0]:
+        assert study.control_of(other, groups) is None
 
 
-def test_originals_are_shown_once(tmp_path):
-    """Of the second of three locks, whose originals are those of the first, but not of the third."""
-    groups = []
-    for method, originals in {"basic": 0, "mixup": 0, "horiz": 9}.items():
-        folder = tmp_path / method
+def test_rows_that_read_the_same_are_told_apart():
+    """By what differs: a hash, or the end of a long text, only where nothing shorter does."""
+    long = "x" * 40
+    settings = [{"eps": 1, "a_sha256": "f"}, {"a_sha256": "f"}, {"eps": 2}, {"a_sha256": "e"}]
+    assert study.tell_apart(["a", "a", "b", "c"], settings) == ["eps 1", "", "", ""]
+    assert study.tell_apart("aaa", settings[:2] + settings[3:]) == ["eps 1, a_sha256 f", "a_sha256 f", "a_sha256 e"]
+    assert study.tell_apart("aa", [{"path": f"{long}1"}, {"path": f"{long}2"}]) == [f"path {long}1", f"path {long}2"]
+
+
+def test_the_images_of_each_lock_are_shown(tmp_path):
+    """The originals once where the next lock has the same; locks of one name, too; a preprocessed run's not at all."""
+    plain, groups = {"lock.eps": 0.5}, []
+    for method, originals, settings in (
+        ("basic", 5, {"preprocess.blur": 1.0, **plain}),
+        ("basic", 0, plain),
+        ("basic", 0, {"lock.eps": 0.4}),
+        ("horiz", 9, plain),
+    ):
+        folder = tmp_path / f"{len(groups)}"
         folder.mkdir()
         grid = runs.pictures(torch.full((2, 3, 8, 8), originals, dtype=torch.uint8), torch.zeros(2, 3, 8, 8).byte())
         save_image(grid, folder / "images.png")
-        groups.append([{"dataset": "digits", "method": method, "lock_name": "", "folder": folder}])
-    assert [len(rows) / grid.shape[1] > 0.7 for rows in study.pictures(groups).values()] == [True, False, True]
+        group = {"dataset": "digits", "method": method, "lock_name": "a", "folder": folder, "settings": settings}
+        groups.append([group])
+    found = study.pictures(groups)
+    assert {name: len(rows) / grid.shape[1] > 0.7 for name, rows in found.items()} == {
+        "digits, basic (a) lock.eps 0.5": True,
+        "digits, basic (a) lock.eps 0.4": False,
+        "digits, horiz (a)": True,
+    }
+    assert found["digits, basic (a) lock.eps 0.5"][9, 9, 0] == 0
     study.show(groups, tmp_path / "shown.png")
     assert (tmp_path / "shown.png").stat().st_size > 1000
+    (folder / "images.png").write_bytes((folder / "images.png").read_bytes()[:99])
+    with pytest.raises(UserError, match="images.png: damaged; delete it"):
+        study.pictures(groups)
 
 
 def table_rows(text):
@@ -198,6 +225,7 @@ def test_mistakes(results, user_error, tmp_path):
     assert "1 of 1 runs failed" in user_error(study.main, "--run", "--work-path", tmp_path / "none", *mixup)
     for content in ("{}", "[]", "{", json.dumps({**RESULT, "config": 3}), json.dumps({**RESULT, "history": None}),
                     json.dumps({**RESULT, "history": []}),
+                    json.dumps({**RESULT, "history": [{**RESULT["history"][0], "epoch": None}]}), "[" * 99999,
                     json.dumps({**RESULT, "name": None}), json.dumps({**RESULT, "alpha": "x"})):  # fmt: skip
         (results / "0" / "result.json").write_text(content)
         line = user_error(study.main, "--work-path", results, "--plot", tmp_path / "curves.png")
@@ -253,6 +281,13 @@ def test_what_is_being_started_at_an_interrupt_ends_too():
     stopped.set()
     sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
     assert study.run(sleep, slots, 1, [], stopped) == (-signal.SIGTERM, "exit code -15")
+
+
+def test_an_error_that_nobody_foresaw_is_told_as_a_whole():
+    slots = SimpleQueue()
+    slots.put(0)
+    code, line = study.run([sys.executable, "-c", "1 / 0"], slots, 1, [], Event())
+    assert code == 1 and line.startswith("Traceback") and line.endswith("ZeroDivisionError: division by zero")
 
 
 def test_an_interrupt_ends_what_is_running_and_starts_no_more(place, tmp_path):

@@ -84,20 +84,22 @@ def test_the_training_of_a_base_classifier_is_the_plain_one(device, monkeypatch)
         assert difference(fast[name] - start[name], plain[name] - start[name]) < 0.05, name
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 0.1)], ids=str)
 @pytest.mark.parametrize("arch, batch_size", [("preresnet110", 128), ("vgg19", 128), ("densenet100bc", 64)])
-def test_compiled_gradients_are_the_eager_ones(device, arch, batch_size):
+def test_compiled_gradients_are_the_eager_ones(device, arch, batch_size, dtype, tolerance):
     """In the size in which these models are trained, on which it depends what is compiled; in float64, since they
-    amplify rounding."""
+    amplify rounding, to about 1 % in float32, and in float32, since cuDNN has no channels_last for the other."""
     torch.manual_seed(0)
-    model = MODELS[arch]().to(device, torch.float64, memory_format=torch.channels_last)
-    images = torch.rand(batch_size, 3, 32, 32, dtype=torch.float64, device=device)
+    model = MODELS[arch]().to(device, dtype, memory_format=torch.channels_last)
+    images = torch.rand(batch_size, 3, 32, 32, dtype=dtype, device=device)
     targets = torch.arange(batch_size, device=device) % 10
 
-    def gradients(forward):
-        return torch.autograd.grad(F.cross_entropy(forward(images), targets), list(model.parameters()))
+    def gradient(forward):
+        parts = torch.autograd.grad(F.cross_entropy(forward(images), targets), list(model.parameters()))
+        return torch.cat([part.flatten() for part in parts])
 
-    expected, found = gradients(model.forward), gradients(Compiled(model.forward, batch_size, say=pytest.fail))
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-10)
+    expected, found = gradient(model.forward), gradient(Compiled(model.forward, batch_size, say=pytest.fail))
+    assert difference(found, expected) < tolerance
 
 
 @pytest.mark.parametrize("compile", [False, True])
