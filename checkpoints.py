@@ -141,7 +141,7 @@ def load_pretrained(model, path):
     if not Path(path).is_file():
         raise UserError(f"pretrained: {path}: no such file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_whole(path)
         weights = content.get("model", content)
         shapes = {name: value.shape for name, value in weights.items()}
     except Exception as error:  # a damaged or foreign file fails in many ways; all mean the same here

@@ -116,14 +116,16 @@ def lock_split(lock, images, labels, split, locks, args, device, ranks):
         disable=ranks.rank > 0,
     ) as progress:
         for index in range(0, len(todo), ranks.count):
-            together, results = todo[index : index + ranks.count], None  # a batch for each rank
+            together = todo[index : index + ranks.count]  # a batch for each rank
+            results = error = None
             if ranks.rank < len(together):
                 start, methods = together[ranks.rank]
                 batch, batch_labels = images[batches[start]].to(device), labels[batches[start]].to(device)
                 advance = partial(progress.update, sum(sizes[start] for start, _ in together))
-                results = lock(batch, batch_labels, split, methods, advance)
-            made = ranks.gather((results, utils.environment(device)))
+                results, error = utils.attempt(lock, batch, batch_labels, split, methods, advance)
+            made = ranks.gather((results or {}, utils.environment(device)))
             ranks.on_rank0(shards.write_all, locks, split, [start for start, _ in together], made)
+            ranks.end_where_any(error)  # only now: the others' batches are finished
     seconds, count = time.time() - t0, sum(sizes.values())
     ranks.say(f"{split}: {count} images in {seconds:.0f} s, {count / seconds:.1f} a second")
 
@@ -168,9 +170,8 @@ def describe(paths, manifest):
 # Lock, verify, unlock
 
 
-def lock_dataset(args):
-    """Lock both splits of a data set by each of the methods, or what is left of that to do."""
-    ranks = Ranks()
+def load(args):
+    """What a lock is made of, and on: the splits by name, the base classifier on its device, that, and why that one."""
     splits = {split: DATASETS[args.dataset].load(args.orig_data, split).first(args.subset) for split in SPLITS}
     classes = splits["train"].classes
     if len(classes) < 2:
@@ -179,9 +180,14 @@ def lock_dataset(args):
     torch.backends.cudnn.benchmark = True
     classifier = load_classifier(args.resume_path, args.arch, args.dataset, len(classes))
     utils.check_size(classifier, to_float(splits["train"].images[:1]), f"--arch {args.arch}")
-    classifier.to(device)
-    suffixes = {method: lockfiles.lock_suffix(method, args.alpha, args.lambd) for method in args.lock_method}
-    locks = {method: Paths(args.lock_data, suffix) for method, suffix in suffixes.items()}
+    return splits, classifier.to(device), device, reason
+
+
+def lock_dataset(args, ranks):
+    """Lock both splits of a data set by each of the methods, or what is left of that to do."""
+    splits, classifier, device, reason = ranks.everywhere(load, args)
+    classes = splits["train"].classes
+    locks = {method: Paths(args.lock_data, suffix) for method, suffix in suffixes_of(args).items()}
     chosen = ranks.on_rank0(choose, args, locks, classifier, splits, device)
     args.precision, why, args.compile, args.batch_size = chosen
     folded = FoldedClassifier(classifier, PRECISIONS[args.precision])
@@ -208,7 +214,11 @@ def lock_dataset(args):
         for split, (images, labels, *_) in splits.items():
             lock_split(lock, images, labels, split, todo, args, device, ranks)
         ranks.on_rank0(write_locks, locks, manifests, settings, splits, args)
-    ranks.close()
+
+
+def suffixes_of(args):
+    """What the files of each method end in, by method."""
+    return {method: lockfiles.lock_suffix(method, args.alpha, args.lambd) for method in args.lock_method}
 
 
 def check_alike(settings):
@@ -281,16 +291,12 @@ def verify(folder):
 def unlock(args):
     """Write the original images of a sealed lock, bit for bit, to --orig-data."""
     key = sealing.read_key(args.key)
-    sealed = {paths: lockfiles.read_manifest(paths) for paths in lockfiles.locks_in(args.lock_data)}
-    methods = args.lock_method or METHODS
-    sealed = {
-        paths: manifest
-        for paths, manifest in sealed.items()
-        if manifest["sealed_with"] and manifest["settings"]["method"] in methods
-    }
+    named = suffixes_of(args).values()
+    found = [paths for paths in lockfiles.locks_in(args.lock_data) if not named or paths.suffix in named]
+    sealed = {paths: manifest for paths in found if (manifest := lockfiles.read_manifest(paths))["sealed_with"]}
     if not sealed:
-        by = f" by {', '.join(methods)}" if args.lock_method else ""
-        raise UserError(f"--lock-data {args.lock_data}: holds no sealed lock{by}; lock with --key-out")
+        which = f" {' or '.join(named)}" if named else ""
+        raise UserError(f"--lock-data {args.lock_data}: holds no sealed lock{which}; lock with --key-out")
     mine, keys = sealing.fingerprint(key), [manifest["sealed_with"] for manifest in sealed.values()]
     if mine not in keys:
         raise UserError(
@@ -426,13 +432,15 @@ def complete_arguments(args):
 
 
 def main():
-    args = parse_arguments()
+    ranks = Ranks()
+    args = ranks.everywhere(parse_arguments)
     if args.verify:
-        verify(args.verify)
+        ranks.on_rank0(verify, args.verify)
     elif args.unlock:
-        unlock(args)
+        ranks.on_rank0(unlock, args)
     else:
-        lock_dataset(args)
+        lock_dataset(args, ranks)
+    ranks.close()
 
 
 if __name__ == "__main__":

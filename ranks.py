@@ -2,10 +2,12 @@
 
 import os
 import sys
+from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
 
+import utils
 from utils import UserError
 
 
@@ -36,19 +38,35 @@ class Ranks:
         """What function(*args) returns, on every rank, called on rank 0 alone; its error is told once, and ends all."""
         if self.count == 1:
             return function(*args)
-        outcome = [None, None]
-        if self.rank == 0:
-            try:
-                outcome[0] = function(*args)
-            except (UserError, OSError) as error:
-                outcome[1] = error
+        outcome = [utils.attempt(function, *args) if self.rank == 0 else None]
         dist.broadcast_object_list(outcome)
-        value, error = outcome
-        if error and self.rank == 0:
-            raise error
-        if error:
-            sys.exit(2)
+        value, error = outcome[0]
+        self.end_where(error)
         return value
+
+    def everywhere(self, function, *args):
+        """What function(*args) returns, called on every rank; an error on any of them is told once, and ends all."""
+        if self.count == 1:
+            return function(*args)
+        value, error = utils.attempt(function, *args)
+        self.end_where_any(error)
+        return value
+
+    def end_where_any(self, error):
+        """End all ranks where one of them has an error, a text, rather than None: the first is told."""
+        errors = [error] * self.count
+        if self.count > 1:
+            dist.all_gather_object(errors, error)
+        self.end_where(next(filter(None, errors), None))
+
+    def end_where(self, error):
+        """End all ranks where there is an error, a text, which is the same on each of them; rank 0 tells it."""
+        if error and self.rank == 0:
+            raise UserError(error)
+        if error:
+            with suppress(RuntimeError):  # torchrun ends all as soon as one ends: not before rank 0 has told it
+                dist.barrier()
+            sys.exit(2)
 
     def close(self):
         """Part from the other ranks."""

@@ -65,7 +65,7 @@ def number(kind, low, high=math.inf):
             value = math.nan
         if not (low <= value <= high and value < math.inf):  # not so for NaN either
             raise argparse.ArgumentTypeError(f"'{text}' is not a {'whole ' if kind is int else ''}number {span}")
-        return value
+        return value + 0  # -0.0 is 0.0
 
     return parse
 
@@ -82,15 +82,33 @@ def run_command(main, if_interrupted="nothing more was written"):
     try:
         main()
     except KeyboardInterrupt:
-        print(f"interrupted: {if_interrupted}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun, one says it
+            print(f"interrupted: {if_interrupted}", file=sys.stderr)
         sys.exit(130)
-    except (UserError, OSError, RuntimeError, MemoryError) as error:
-        full = memory_is_full(error)
-        if isinstance(error, RuntimeError) and not full:
+    except Exception as error:
+        message = line_of(error)
+        if message is None:
             raise
-        message = "the memory is full; take smaller batches" if full else error
-        print(f"{command_name()}: error: {printable(message)}", file=sys.stderr)
+        print(f"{command_name()}: error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+def line_of(error):
+    """What to tell the user of an error, on one line; None where it is not of their making, but a bug."""
+    if memory_is_full(error):
+        return "the memory is full; take smaller batches"
+    return printable(error) if isinstance(error, (UserError, OSError)) else None
+
+
+def attempt(function, *args):
+    """What function(*args) returns, and None; or None, and the line_of an error that has one."""
+    try:
+        return function(*args), None
+    except Exception as error:
+        message = line_of(error)
+        if message is None:
+            raise
+        return None, message
 
 
 def memory_is_full(error):
@@ -165,12 +183,14 @@ def serialize(value):
 def load_whole(path):
     """What torch.save wrote, of tensors and plain values only, on the CPU; raises where the file is damaged.
 
-    torch.load alone notices hardly any flipped bit: the checksums of the archive are compared here.
+    torch.load alone notices hardly any flipped bit: the checksums of the archive are compared here. (A file of before
+    torch 1.6 is no archive, and has none.)
     """
-    with zipfile.ZipFile(path) as file:
-        damaged = file.testzip()
-    if damaged:
-        raise ValueError(f"the checksum of {damaged} is wrong")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+        if damaged:
+            raise ValueError(f"the checksum of {damaged} is wrong")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -175,7 +175,7 @@ def read_checkpoint(path):
         )
     try:
         with torch.serialization.safe_globals(NUMPY_NUMBERS):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = utils.load_whole(path)
         state = checkpoint["model"] if "model" in checkpoint else checkpoint["state_dict"]
         state = {key.removeprefix("module."): value for key, value in state.items()}
         finite = all_finite(state)

@@ -42,12 +42,15 @@ def test_a_folder_is_read_by_name_a_class_after_the_other(folder):
     write(folder, "train/cat/a.PNG", grey)
     opaque = np.dstack([COLOURS, np.full((9, 12), 255, np.uint8)])
     write(folder, "train/dog/c.png", Image.fromarray(opaque))
+    palette = Image.fromarray(COLOURS).quantize(8)
+    write(folder, "train/cat/b.png", palette, transparency=b"\xff" * 8)  # of which Pillow warns
     train_split = data.load_folder(folder, "train")
     assert train_split.classes == ["cat", "dog"] and train_split.labels.tolist() == [0, 1, 0]
     assert train_split.names == ["cat/a.png", "dog/c.png", "cat/b.png"]
     pixels = torch.from_numpy(COLOURS).permute(2, 0, 1)
     assert train_split.images.shape == (3, 3, 9, 12)
-    assert torch.equal(train_split.images, torch.stack([pixels[:1].expand(3, -1, -1), pixels, pixels]))
+    few = torch.from_numpy(np.array(palette.convert("RGB"))).permute(2, 0, 1)
+    assert torch.equal(train_split.images, torch.stack([pixels[:1].expand(3, -1, -1), pixels, few]))
 
 
 def test_a_jpeg_is_turned_upright(folder):
@@ -69,6 +72,10 @@ def test_a_jpeg_is_turned_upright(folder):
         (lambda f: write(f, "test/cat/f.gif"), "f.gif: is neither PNG nor JPEG"),
         (lambda f: write(f, "test/cat/f.png", Image.new("I;16", (12, 9))), "f.png: its pixels are I;16"),
         (lambda f: write(f, "test/cat/f.png", Image.new("RGBA", (12, 9))), "f.png: parts of it are transparent"),
+        (
+            lambda f: write(f, "test/cat/f.png", save_all=True, append_images=[Image.new("RGB", (12, 9))]),
+            "f.png: is animated; save one of its pictures",
+        ),
         (lambda f: write(f, "test/cat/d.jpg"), "two images or folders would be named cat/d.png"),
         (lambda f: write(f, "test/cat/D.PNG"), "would be named cat/[dD].png, capitals aside"),
         (lambda f: write(f, "test/cat/c:d.png"), "cat/c:d.png has a colon in its name"),

@@ -28,6 +28,20 @@ utils.run_command(lock.main)
 """
 
 
+# lock.py where the second process has no memory left for the second batch
+FULL = """
+import os
+import lock, utils
+lock_batch = lock.lock_batch
+def lock_batch_or_not(*args):
+    if os.environ.get("RANK") == "1":
+        raise MemoryError
+    return lock_batch(*args)
+lock.lock_batch = lock_batch_or_not
+utils.run_command(lock.main)
+"""
+
+
 def torchrun(count, script, *arguments):
     """Run a script in processes that torchrun starts, of one thread each, as torchrun sets it anyway."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={count}"]
@@ -57,6 +71,18 @@ def test_two_processes_give_the_bytes_of_one(place, tmp_path):
     assert run.returncode != 0 and not list((tmp_path / "other").glob("*"))
     assert run.stderr.count("rank 1 has another basic.original_sha256.test.images than rank 0; give every machine") == 1
 
-    run = torchrun(2, "lock.py", *lock_flags(place, tmp_path / "2"), *flags, "--eps", 0.3)
-    assert run.returncode != 0
-    assert run.stderr.count("was made with eps 0.5, but now it is 0.3") == 1
+    run = torchrun(2, "lock.py", "--dataset", "digits", "--resume-path", "none")
+    assert run.returncode != 0 and run.stderr.count("none: no such checkpoint") == 1
+
+
+def test_what_one_process_cannot_do_costs_no_batch_of_another(place, tmp_path):
+    (tmp_path / "full.py").write_text(FULL)
+    run = torchrun(2, tmp_path / "full.py", *lock_flags(place, tmp_path / "locked"))
+    assert run.returncode != 0 and "ranks.py" not in run.stderr  # as in a traceback of the first process
+    assert run.stderr.count("the memory is full; take smaller batches") == 1
+    assert [path.name for path in (tmp_path / "locked" / ".lock_basic").glob("t*")] == ["train_00000000"]
+
+
+def test_one_process_verifies(place):
+    run = torchrun(2, "lock.py", "--verify", place)
+    assert run.returncode == 0 and run.stdout.count("is as it was locked") == 1

@@ -134,14 +134,18 @@ def test_a_trial_beside_a_lock_is_not_what_is_unlocked(sealed, place, command, c
 def test_the_lock_of_a_method_is_unlocked(place, locked, command, user_error, tmp_path):
     """Where a key sealed several, whatever else they are of."""
     flags = [*lock_flags(place, locked), "--key-out", tmp_path / "key"]
-    command(lock.main, *flags, "--lock-method", "horiz")
+    command(lock.main, *flags, "--lock-method", "horiz", "--alpha", 0.3)
     command(lock.main, *flags, "--subset", 64, "--overwrite", "--lock-method", "basic")
     unlock = ["--unlock", "--lock-data", locked, "--orig-data", tmp_path / "out", "--key", tmp_path / "key"]
-    assert "holds no sealed lock by mixup" in user_error(lock.main, *unlock, "--lock-method", "mixup")
+    for method, suffix in {"mixup": "50_mixup", "horiz": "50_horiz"}.items():
+        assert f"holds no sealed lock {suffix};" in user_error(lock.main, *unlock, "--lock-method", method)
     assert "--alpha: --unlock has no use for it" in user_error(lock.main, *unlock, "--alpha", 0.3)
     assert "--verify only checks a lock" in user_error(lock.main, *unlock, "--verify", locked)
     command(lock.main, *unlock, "--lock-method", "basic", "--format", "tensor")
     assert len(torch.cat(torch.load(tmp_path / "out" / "train_image_original"))) == 64
+    unlock[unlock.index("--orig-data") + 1] = tmp_path / "other"
+    command(lock.main, *unlock, "--lock-method", "horiz", "--alpha", 0.3, "--format", "tensor")
+    assert len(torch.cat(torch.load(tmp_path / "other" / "train_image_original"))) == 96
 
 
 def test_what_cannot_be_unlocked(sealed, place, command, user_error, tmp_path):
