@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -292,7 +293,9 @@ def pick_device(use_gpu=True):
 
     From here on, no GPU rounds what it multiplies to TF32: float32 means float32.
     """
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    with warnings.catch_warnings():  # torch 2.9 announces another way, which earlier versions do not have
+        warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32")
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if use_gpu and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.cuda.set_device(device)
