@@ -100,10 +100,10 @@ def load_config(path, overrides):
         raise UserError(f"{path}: no such file; the work path is a folder with a config.yaml")
     try:
         content = yaml.load(Path(path).read_bytes(), Loader)
-        flat = flatten(content if isinstance(content, dict) else {})
+        flat = flatten(content) if isinstance(content, dict) else None
     except Exception as error:  # a file that is no YAML fails in many ways; all mean the same here
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
-    if not isinstance(content, dict):
+    if flat is None:
         raise UserError(f"{path}: expected keys and values, like 'epochs: 250'")
     for alias, key in ALIASES.items():
         if {alias, key} <= content.keys():

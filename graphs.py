@@ -82,7 +82,7 @@ class Captured:
     def record(self, inputs):
         """Record the function's kernels, which does not run them; raises UserError where that cannot be."""
         self.inputs = [tensor.clone() for tensor in inputs]
-        gc.collect()  # an older graph, or a compiled kernel, that is freed in the course of a recording would end it
+        gc.collect()  # a graph or kernel that is freed during a recording ends it; torch no longer sees to that
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self.stream):

@@ -125,7 +125,7 @@ def lock_split(lock, images, labels, split, locks, args, device, ranks):
                 results, error = utils.attempt(lock, batch, batch_labels, split, methods, advance)
             made = ranks.gather((results or {}, utils.environment(device)))
             ranks.on_rank0(shards.write_all, locks, split, [start for start, _ in together], made)
-            ranks.end_where_any(error)  # only now: the others' batches are finished
+            ranks.end_where_any(error)  # only now: the others' batches are written
     seconds, count = time.time() - t0, sum(sizes.values())
     ranks.say(f"{split}: {count} images in {seconds:.0f} s, {count / seconds:.1f} a second")
 
@@ -170,14 +170,13 @@ def describe(paths, manifest):
 # Lock, verify, unlock
 
 
-def load(args):
-    """What a lock is made of, and on: the splits by name, the base classifier on its device, that, and why that one."""
+def load_inputs(args):
+    """The splits by name, the base classifier on its device, the device, and why it was chosen."""
     splits = {split: DATASETS[args.dataset].load(args.orig_data, split).first(args.subset) for split in SPLITS}
     classes = splits["train"].classes
     if len(classes) < 2:
         raise UserError(f"{args.orig_data}: images of one class cannot be sent to another; lock at least two classes")
     device, reason = utils.pick_device()
-    torch.backends.cudnn.benchmark = True
     classifier = load_classifier(args.resume_path, args.arch, args.dataset, len(classes))
     utils.check_size(classifier, to_float(splits["train"].images[:1]), f"--arch {args.arch}")
     return splits, classifier.to(device), device, reason
@@ -185,7 +184,8 @@ def load(args):
 
 def lock_dataset(args, ranks):
     """Lock both splits of a data set by each of the methods, or what is left of that to do."""
-    splits, classifier, device, reason = ranks.everywhere(load, args)
+    splits, classifier, device, reason = ranks.everywhere(load_inputs, args)
+    torch.backends.cudnn.benchmark = True
     classes = splits["train"].classes
     locks = {method: Paths(args.lock_data, suffix) for method, suffix in suffixes_of(args).items()}
     chosen = ranks.on_rank0(choose, args, locks, classifier, splits, device)
@@ -291,12 +291,16 @@ def verify(folder):
 def unlock(args):
     """Write the original images of a sealed lock, bit for bit, to --orig-data."""
     key = sealing.read_key(args.key)
-    named = suffixes_of(args).values()
-    found = [paths for paths in lockfiles.locks_in(args.lock_data) if not named or paths.suffix in named]
+    locks, named = lockfiles.locks_in(args.lock_data), suffixes_of(args).values()
+    found = [paths for paths in locks if not named or paths.suffix in named]
     sealed = {paths: manifest for paths in found if (manifest := lockfiles.read_manifest(paths))["sealed_with"]}
     if not sealed:
+        remedy = "lock with --key-out"
+        if named and locks:
+            others = ", ".join(paths.suffix for paths in locks)
+            remedy = f"name another of {others} by --lock-method, --alpha and --lambd, or {remedy}"
         which = f" {' or '.join(named)}" if named else ""
-        raise UserError(f"--lock-data {args.lock_data}: holds no sealed lock{which}; lock with --key-out")
+        raise UserError(f"--lock-data {args.lock_data}: holds no sealed lock{which}; {remedy}")
     mine, keys = sealing.fingerprint(key), [manifest["sealed_with"] for manifest in sealed.values()]
     if mine not in keys:
         raise UserError(

@@ -61,12 +61,13 @@ class Ranks:
 
     def end_where(self, error):
         """End all ranks where there is an error, a text, which is the same on each of them; rank 0 tells it."""
-        if error and self.rank == 0:
+        if not error:
+            return
+        if self.rank == 0:
             raise UserError(error)
-        if error:
-            with suppress(RuntimeError):  # torchrun ends all as soon as one ends: not before rank 0 has told it
-                dist.barrier()
-            sys.exit(2)
+        with suppress(RuntimeError):  # until rank 0 has told it and ended: torchrun kills all as soon as one ends
+            dist.barrier()
+        sys.exit(2)
 
     def close(self):
         """Part from the other ranks."""

@@ -149,9 +149,11 @@ def is_finished(path, epochs):
 def add_hparams(writer, config, result):
     """Write the config and the final accuracies to TensorBoard's table of hyper-parameters."""
     values = {key: value for key, value in flatten(config).items() if key not in FREE_ON_RESUME}
+    values |= {"lock_method": result["lock_method"], "name": result["name"]}
+    # printable: a path that is no UTF-8 cannot be in an event file
     values = {key: printable(value) if isinstance(value, (str, list)) else value for key, value in values.items()}
     metrics = {f"final/{name}": value for name, value in result.items() if name.endswith("_acc")}
-    for part in hparams({**values, "lock_method": result["lock_method"], "name": result["name"]}, metrics):
+    for part in hparams(values, metrics):
         writer.file_writer.add_summary(part)  # SummaryWriter.add_hparams would make a run of its own
     for name, value in metrics.items():
         writer.add_scalar(name, value, result["epochs"])

@@ -66,7 +66,7 @@ def number(kind, low, high=math.inf):
             value = math.nan
         if not (low <= value <= high and value < math.inf):  # not so for NaN either
             raise argparse.ArgumentTypeError(f"'{text}' is not a {'whole ' if kind is int else ''}number {span}")
-        return value + 0  # -0.0 is 0.0
+        return value + 0  # -0.0 becomes 0.0, as names of files hold it
 
     return parse
 
@@ -102,7 +102,7 @@ def line_of(error):
 
 
 def attempt(function, *args):
-    """What function(*args) returns, and None; or None, and the line_of an error that has one."""
+    """(what function(*args) returns, None), or (None, the line_of an error that has one); any other is let out."""
     try:
         return function(*args), None
     except Exception as error:
@@ -184,8 +184,8 @@ def serialize(value):
 def load_whole(path):
     """What torch.save wrote, of tensors and plain values only, on the CPU; raises where the file is damaged.
 
-    torch.load alone notices hardly any flipped bit: the checksums of the archive are compared here. (A file of before
-    torch 1.6 is no archive, and has none.)
+    torch.load alone notices hardly any flipped bit: the checksums of the archive are compared here. (Files older than
+    torch 1.6 are no archives, and have no checksums.)
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:

@@ -90,7 +90,7 @@ def commands(args, rest):
 
 
 def run(command, slots, threads, running, stopped):
-    """Run a command, and keep its process in the list running meanwhile; returns its exit code and what it came to.
+    """Run a command, and keep its process in the list running meanwhile; returns its exit code and what to tell of it.
 
     Meanwhile it holds a slot from the queue: it computes on the GPU of that number, modulo their count, or on a CPU
     with so many threads. Once the event stopped is set, nothing goes on that was just being started.
@@ -108,10 +108,10 @@ def run(command, slots, threads, running, stopped):
     finally:  # or, where no process can be started, the next run would wait for the number forever
         slots.put(slot)
     said = (error if child.returncode else out).strip()
-    if child.returncode == 1:  # an error that nobody foresaw: all of what is known of it
-        return 1, said
-    killed = child.returncode < 0  # whatever it said before, that was not why
-    return child.returncode, said.splitlines()[-1] if said and not killed else f"exit code {child.returncode}"
+    if not said or child.returncode < 0:  # killed: whatever it said before, that was not why
+        return child.returncode, f"exit code {child.returncode}"
+    # of an error that nobody foresaw, which ends with 1, all that is known; else the last line
+    return child.returncode, said if child.returncode == 1 else said.splitlines()[-1]
 
 
 def run_all(args, rest):
@@ -174,8 +174,11 @@ def read_result(path):
         result["images"] = result["lock"] and result["lock"]["report"]["train"]["images"]
         result["lock_name"] = lock_of(result)
         result["paper"] = paper_accuracies(result)
+        result["training"] = training_of(result)
         return result
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file fails in many ways; all mean the same here
         raise UserError(
             f"{path}: not a result of train.py, or damaged; take it away, and train.py --resume writes it again"
         ) from error
@@ -214,8 +217,8 @@ def settings_of(result):
 
 
 def tell_apart(names, settings):
-    """What to add to each of several names, that they differ: for equal ones, that of their settings, flat dicts, which
-    is not the same in all of them; without hashes, and cut, where that is enough."""
+    """For each name, those of its settings, a flat dict, in which it differs from equal names, as text; '' where no
+    other is equal. Hashes, and texts beyond 40 characters, are shown only where nothing less tells them apart."""
     alike, added = {}, [""] * len(names)
     for index, name in enumerate(names):
         alike.setdefault(name, []).append(index)
@@ -224,7 +227,7 @@ def tell_apart(names, settings):
         keys = dict.fromkeys(itertools.chain(*ours))
         differing = [key for key in keys if any(one.get(key) != ours[0].get(key) for one in ours)]
         readable = [key for key in differing if "sha256" not in key]
-        for shown, width in (readable, 40), (differing, 40), (differing, None):
+        for shown, width in (readable, 40), (readable, None), (differing, 8), (differing, None):
             texts = [", ".join(f"{key} {str(one[key])[:width]}" for key in shown if key in one) for one in ours]
             if len(set(texts)) == len(members):
                 break
@@ -294,15 +297,14 @@ def training_of(result):
     config, lock = flatten(CONFIG) | flatten(result["config"]), result["lock"]
     originals = lock["settings"]["original_sha256"]["train"] if lock else config["orig_data_path"]
     training = {key: value for key, value in config.items() if key not in free}
-    return training | {"dataset": result["dataset"], "images": result["images"], "originals": originals}
+    return training | {"dataset": result["dataset"], "originals": originals}
 
 
 def control_of(result, groups):
     """The group that was trained as a result was, but on original images, whatever lock it was tested on; None where
     there is no such group, or where the result is a control itself."""
-    training = training_of(result)
-    wanted = training | VARIANTS["control"]
-    return next((group for group in groups if training != wanted == training_of(group[0])), None)
+    wanted = result["training"] | VARIANTS["control"]
+    return next((group for group in groups if result["training"] != wanted == group[0]["training"]), None)
 
 
 def plot(groups, path):
@@ -311,9 +313,9 @@ def plot(groups, path):
 
     A line is the mean of the seeds, and the band around it goes from the least to the largest.
     """
-    panels, used = {}, [training_of(control[0]) for group in groups if (control := control_of(group[0], groups))]
+    panels, used = {}, [control[0]["training"] for group in groups if (control := control_of(group[0], groups))]
     for group in groups:
-        if training_of(group[0]) not in used:
+        if group[0]["training"] not in used:
             title = "\n".join(wrap("{architecture} on {dataset}, {label}".format(**group[0]), 52))
             panel = f"{title}\nlock: {group[0]['lock_name']}", group[0]["epochs"]
             panels.setdefault(panel, []).append(group)
@@ -365,12 +367,14 @@ def pictures(groups):
     locks, found, originals = {}, {}, None
     for group in sorted(groups, key=lambda group: any(key.startswith("preprocess.") for key in group[0]["settings"])):
         name = "{dataset}, {method} ({lock_name})".format(**group[0])
+        # lock.eps and so on, or locked_train_image where there is no manifest
         settings = {key: value for key, value in group[0]["settings"].items() if key.startswith("lock")}
         file = next((file for result in group if (file := result["folder"] / "images.png").exists()), None)
         if file:
             locks.setdefault(json.dumps([name, settings], sort_keys=True), (name, settings, file))
-    names, settings, files = zip(*locks.values()) if locks else ((), (), ())
-    for name, difference, file in zip(names, tell_apart(names, settings), files):
+    locks = list(locks.values())
+    differences = tell_apart([name for name, _, _ in locks], [settings for _, settings, _ in locks])
+    for (name, _, file), difference in zip(locks, differences):
         try:
             rows = image.imread(file)
         except Exception as error:  # a damaged file fails in many ways; all mean the same here
@@ -378,7 +382,7 @@ def pictures(groups):
         height = len(rows) // 3
         repeated = originals is not None and np.array_equal(originals, rows[:height])
         originals = rows[:height]
-        found[f"{name} {difference}".strip()] = rows[height:] if repeated else rows
+        found[", ".join(filter(None, [name, difference]))] = rows[height:] if repeated else rows
     return found
 
 
@@ -445,6 +449,7 @@ def parse_arguments():
                 f"{flag}: --run names its runs by variant, and goes on with them; leave it out (a run whose folder you "
                 "delete starts again)"
             )
+    # a folder that is named twice is one: two runs cannot write to it
     args.work_path = list({os.path.realpath(path): path for path in args.work_path}.values())
     for name, known in {"lock_method": METHODS, "variant": VARIANTS, "seed": []}.items():
         given = getattr(args, name)

@@ -130,11 +130,14 @@ def test_a_model_begins_with_pretrained_weights(tmp_path):
 def test_pretrained_weights_that_cannot_be(tmp_path):
     model = train.make_model(config_of(tmp_path, architecture="preresnet8"))
     files = {"text": b"weights", "other": serialize(nn.Linear(1, 1).state_dict()), "numbers": serialize({"model": 1})}
+    sound = serialize(model.state_dict())
+    middle = len(sound) // 2  # among the weights, which torch.load does not check
+    files["flipped"] = sound[:middle] + bytes([sound[middle] ^ 1]) + sound[middle + 1 :]
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     for name, reason in {
         "absent": "no such file", "text": "not a file of weights", "numbers": "not a file of weights",
-        "other": "not of this architecture",
+        "flipped": "not a file of weights", "other": "not of this architecture",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=f"pretrained: .*{name}: {reason}"):
             checkpoints.load_pretrained(model, tmp_path / name)

@@ -55,7 +55,7 @@ def results(tmp_path):
         {"lock": lock_of(subset=64)},
         {"lock": lock_of(attack_steps=9)},
         {"dataset": "digits"},  # a copy
-        {"dataset": "digits", "orig_acc": 29.0, "seed": 1, "config": {"seed": 1, "epochs": 2}},  # its keys reordered
+        {"seed": 1, "config": {"batch_size": 8, "seed": 1, "epochs": 2}},  # the keys of one above, reordered
     ]
     for index, other in enumerate([{}, *others]):  # only the second is of the same kind as the first
         folder = tmp_path / "runs" / f"{index:x}"
@@ -72,8 +72,8 @@ def test_the_table_puts_seeds_together_beside_the_papers_numbers(results, comman
     assert capsys.readouterr().out.splitlines()[2:] == [
         "| cifar10 | vgg19 | basic | plain | no manifest | 2 | 2 | 29.00 ± 1.41 | 29.00 ± 0.00 | 93.00 ± 0.00 "
         "| 28.77 / 93.58 |",
-        "| cifar10 | vgg19 | basic | plain, batch_size 8 | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 "
-        "| 28.77 / 93.58 |",
+        "| cifar10 | vgg19 | basic | plain, batch_size 8 | no manifest | 2 | 2 | 28.00 ± 0.00 | 29.00 ± 0.00 "
+        "| 93.00 ± 0.00 | 28.77 / 93.58 |",
         "| cifar10 | vgg19 | basic | plain, locked_train_image other | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 "
         "| 28.77 / 93.58 |",
         "| cifar10 | vgg19 | basic | plain, eval_freq 5 | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 "
@@ -88,7 +88,7 @@ def test_the_table_puts_seeds_together_beside_the_papers_numbers(results, comman
         "| cifar10 | vgg19 | basic | jpeg10 | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
         "| cifar10 | vgg19 | basic | a$x_{/$ | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
         "| cifar10 | vgg19 | horiz alpha 0.3 | plain | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
-        "| digits | vgg19 | basic | plain | no manifest | 2 | 2 | 28.50 ± 0.71 | 29.00 ± 0.00 | 93.00 ± 0.00 |  |",
+        "| digits | vgg19 | basic | plain | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
     ]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -108,13 +108,14 @@ def test_what_is_drawn(results, monkeypatch, tmp_path):
 def test_a_control_is_that_of_the_same_training():
     """By its config, whatever its name; mixup has none of its own."""
 
-    def run(images=50000, train_on="locked", originals="0", **keys):
+    def run(train_on="locked", originals="0", **keys):
         lock = lock_of(original_sha256={"train": originals})
-        return {"dataset": "folder", "images": images, "config": {"train_on": train_on, **keys}, "lock": lock}
+        result = {"dataset": "folder", "config": {"train_on": train_on, **keys}, "lock": lock}
+        return {**result, "training": study.training_of(result)}
 
     jpeg = {"preprocess": {"jpeg_quality": 10}}
     controls = [[run(train_on="original", **keys)] for keys in ({}, jpeg)]
-    others = [[run(train_on="original", **keys)] for keys in ({"epochs": 9}, {"images": 64}, {"batch_size": 8})]
+    others = [[run(train_on="original", **keys)] for keys in ({"epochs": 9}, {"originals": "2"}, {"batch_size": 8})]
     groups = [*others, [run()], *controls]
     for index, keys in enumerate(({}, jpeg)):
         assert study.control_of(run(**keys), groups) is controls[index]
@@ -129,7 +130,8 @@ def test_rows_that_read_the_same_are_told_apart():
     settings = [{"eps": 1, "a_sha256": "f"}, {"a_sha256": "f"}, {"eps": 2}, {"a_sha256": "e"}]
     assert study.tell_apart(["a", "a", "b", "c"], settings) == ["eps 1", "", "", ""]
     assert study.tell_apart("aaa", settings[:2] + settings[3:]) == ["eps 1, a_sha256 f", "a_sha256 f", "a_sha256 e"]
-    assert study.tell_apart("aa", [{"path": f"{long}1"}, {"path": f"{long}2"}]) == [f"path {long}1", f"path {long}2"]
+    paths = [{"path": f"{long}{end}", "a_sha256": end} for end in "12"]
+    assert study.tell_apart("aa", paths) == [f"path {long}1", f"path {long}2"]
 
 
 def test_the_images_of_each_lock_are_shown(tmp_path):
@@ -149,11 +151,11 @@ def test_the_images_of_each_lock_are_shown(tmp_path):
         groups.append([group])
     found = study.pictures(groups)
     assert {name: len(rows) / grid.shape[1] > 0.7 for name, rows in found.items()} == {
-        "digits, basic (a) lock.eps 0.5": True,
-        "digits, basic (a) lock.eps 0.4": False,
+        "digits, basic (a), lock.eps 0.5": True,
+        "digits, basic (a), lock.eps 0.4": False,
         "digits, horiz (a)": True,
     }
-    assert found["digits, basic (a) lock.eps 0.5"][9, 9, 0] == 0
+    assert found["digits, basic (a), lock.eps 0.5"][9, 9, 0] == 0
     study.show(groups, tmp_path / "shown.png")
     assert (tmp_path / "shown.png").stat().st_size > 1000
     (folder / "images.png").write_bytes((folder / "images.png").read_bytes()[:99])
@@ -226,6 +228,7 @@ def test_mistakes(results, user_error, tmp_path):
     for content in ("{}", "[]", "{", json.dumps({**RESULT, "config": 3}), json.dumps({**RESULT, "history": None}),
                     json.dumps({**RESULT, "history": []}),
                     json.dumps({**RESULT, "history": [{**RESULT["history"][0], "epoch": None}]}), "[" * 99999,
+                    json.dumps({**RESULT, "lock": lock_of(original_sha256=0)}),
                     json.dumps({**RESULT, "name": None}), json.dumps({**RESULT, "alpha": "x"})):  # fmt: skip
         (results / "0" / "result.json").write_text(content)
         line = user_error(study.main, "--work-path", results, "--plot", tmp_path / "curves.png")
@@ -235,7 +238,9 @@ def test_mistakes(results, user_error, tmp_path):
 def test_every_combination_is_run_and_a_failure_costs_no_other_run(place, command, capsys, tmp_path):
     """The first of two methods is missing; the table shows what the others found, when it is gathered."""
     (tmp_path / "config.yaml").write_text((place / "preresnet8" / "config.yaml").read_text())
-    flags = ["--run", "--work-path", tmp_path, "--lock-method", "mixup", "basic", "--variant", "control", "jpeg10"]
+    (tmp_path / "link").symlink_to(tmp_path)
+    flags = ["--run", "--work-path", tmp_path, tmp_path / "link", "--lock-method", "mixup", "basic"]
+    flags += ["--variant", "control", "jpeg10"]
     with pytest.raises(SystemExit):
         command(study.main, *flags, "--seed", 3, 3, "--jobs", 2, "--epochs", 1)
     out, error = capsys.readouterr()
@@ -288,6 +293,7 @@ def test_an_error_that_nobody_foresaw_is_told_as_a_whole():
     slots.put(0)
     code, line = study.run([sys.executable, "-c", "1 / 0"], slots, 1, [], Event())
     assert code == 1 and line.startswith("Traceback") and line.endswith("ZeroDivisionError: division by zero")
+    assert study.run([sys.executable, "-c", "exit(1)"], slots, 1, [], Event()) == (1, "exit code 1")
 
 
 def test_an_interrupt_ends_what_is_running_and_starts_no_more(place, tmp_path):

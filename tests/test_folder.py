@@ -37,13 +37,14 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_folder_is_read_by_name_a_class_after_the_other(folder):
+def test_a_folder_is_read_by_name_a_class_after_the_other(folder, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # beyond which Pillow warns
     grey = Image.fromarray(COLOURS[:, :, 0])
     write(folder, "train/cat/a.PNG", grey)
     opaque = np.dstack([COLOURS, np.full((9, 12), 255, np.uint8)])
     write(folder, "train/dog/c.png", Image.fromarray(opaque))
     palette = Image.fromarray(COLOURS).quantize(8)
-    write(folder, "train/cat/b.png", palette, transparency=b"\xff" * 8)  # of which Pillow warns
+    write(folder, "train/cat/b.png", palette, transparency=b"\xff" * 8)  # of which it warns, too
     train_split = data.load_folder(folder, "train")
     assert train_split.classes == ["cat", "dog"] and train_split.labels.tolist() == [0, 1, 0]
     assert train_split.names == ["cat/a.png", "dog/c.png", "cat/b.png"]
@@ -74,7 +75,7 @@ def test_a_jpeg_is_turned_upright(folder):
         (lambda f: write(f, "test/cat/f.png", Image.new("RGBA", (12, 9))), "f.png: parts of it are transparent"),
         (
             lambda f: write(f, "test/cat/f.png", save_all=True, append_images=[Image.new("RGB", (12, 9))]),
-            "f.png: is animated; save one of its pictures",
+            "f.png: is animated; save one of its frames",
         ),
         (lambda f: write(f, "test/cat/d.jpg"), "two images or folders would be named cat/d.png"),
         (lambda f: write(f, "test/cat/D.PNG"), "would be named cat/[dD].png, capitals aside"),

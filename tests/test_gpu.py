@@ -87,8 +87,8 @@ def test_the_training_of_a_base_classifier_is_the_plain_one(device, monkeypatch)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 0.1)], ids=str)
 @pytest.mark.parametrize("arch, batch_size", [("preresnet110", 128), ("vgg19", 128), ("densenet100bc", 64)])
 def test_compiled_gradients_are_the_eager_ones(device, arch, batch_size, dtype, tolerance):
-    """In the size in which these models are trained, on which it depends what is compiled; in float64, since they
-    amplify rounding, to about 1 % in float32, and in float32, since cuDNN has no channels_last for the other."""
+    """In the batch size in which these models are trained, on which it depends what is compiled. In float64 they must
+    agree; float32, in which these models amplify rounding to about 1 %, is what cuDNN has channels_last for."""
     torch.manual_seed(0)
     model = MODELS[arch]().to(device, dtype, memory_format=torch.channels_last)
     images = torch.rand(batch_size, 3, 32, 32, dtype=dtype, device=device)

@@ -92,6 +92,7 @@ def test_a_suffix_that_no_lock_has(suffix):
 
 def test_suffixes_of_different_locks_differ():
     assert lockfiles.lock_suffix("mixup", lambd=0.333333333) != lockfiles.lock_suffix("mixup", lambd=0.3333334)
+    assert lockfiles.lock_suffix("mixup", lambd=utils.number(float, 0)("-0.0")) == "0_mixup"
 
 
 class Fixed(nn.Module):

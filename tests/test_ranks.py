@@ -28,7 +28,7 @@ utils.run_command(lock.main)
 """
 
 
-# lock.py where the second process has no memory left for the second batch
+# lock.py where the second process has no memory for any batch
 FULL = """
 import os
 import lock, utils

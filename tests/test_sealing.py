@@ -138,7 +138,8 @@ def test_the_lock_of_a_method_is_unlocked(place, locked, command, user_error, tm
     command(lock.main, *flags, "--subset", 64, "--overwrite", "--lock-method", "basic")
     unlock = ["--unlock", "--lock-data", locked, "--orig-data", tmp_path / "out", "--key", tmp_path / "key"]
     for method, suffix in {"mixup": "50_mixup", "horiz": "50_horiz"}.items():
-        assert f"holds no sealed lock {suffix};" in user_error(lock.main, *unlock, "--lock-method", method)
+        line = user_error(lock.main, *unlock, "--lock-method", method)
+        assert f"holds no sealed lock {suffix}; name another of 30_horiz, 50_horiz, basic by" in line
     assert "--alpha: --unlock has no use for it" in user_error(lock.main, *unlock, "--alpha", 0.3)
     assert "--verify only checks a lock" in user_error(lock.main, *unlock, "--verify", locked)
     command(lock.main, *unlock, "--lock-method", "basic", "--format", "tensor")
