@@ -57,11 +57,11 @@ class Ranks:
         errors = [error] * self.count
         if self.count > 1:
             dist.all_gather_object(errors, error)
-        self.end_where(next(filter(None, errors), None))
+        self.end_where(next((error for error in errors if error is not None), None))
 
     def end_where(self, error):
         """End all ranks where there is an error, a text, which is the same on each of them; rank 0 tells it."""
-        if not error:
+        if error is None:
             return
         if self.rank == 0:
             raise UserError(error)

@@ -81,15 +81,12 @@ def run_command(main, if_interrupted="nothing more was written"):
     if hasattr(sys.stdout, "reconfigure"):  # not where it is closed
         sys.stdout.reconfigure(errors="backslashreplace")  # a name may have letters that a terminal or a pipe has not
     try:
-        main()
+        _, message = attempt(main)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun, one says it
             print(f"interrupted: {if_interrupted}", file=sys.stderr)
         sys.exit(130)
-    except Exception as error:
-        message = line_of(error)
-        if message is None:
-            raise
+    if message is not None:
         print(f"{command_name()}: error: {message}", file=sys.stderr)
         sys.exit(2)
 

@@ -111,6 +111,13 @@ def lock_flags(place, folder=None):
             "--lock-data", folder or place, "--attack-steps", 3, "--subset", 96, "--batch-size", 40]  # fmt: skip
 
 
+def flip_bit(content, position):
+    """Bytes with one bit of the byte at a position flipped."""
+    changed = bytearray(content)
+    changed[position] ^= 1
+    return bytes(changed)
+
+
 class Malicious:
     """Unpickled by Python, it ends the process."""
 

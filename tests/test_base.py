@@ -24,7 +24,7 @@ from models.base import (
     read_checkpoint,
     speed_up,
 )
-from tests.conftest import Malicious
+from tests.conftest import Malicious, flip_bit
 from utils import UserError, exclusive
 
 
@@ -91,8 +91,7 @@ def test_absent_and_damaged_checkpoints(checkpoint, tmp_path):
         load_base(tmp_path / "none", "preresnet8", "cifar")
     _, path = checkpoint()
     content = path.read_bytes()
-    middle = len(content) // 2  # among the weights, which torch.load does not check
-    for damaged in content[:1000], content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]:
+    for damaged in content[:1000], flip_bit(content, len(content) // 2):  # among the weights
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="not a checkpoint of robustness, or damaged"):
             load_base(path, "preresnet8", "cifar")

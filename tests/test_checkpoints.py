@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 import checkpoints
 import train
-from tests.conftest import config_of, learner_of, new_learner, two_tones
+from tests.conftest import config_of, flip_bit, learner_of, new_learner, two_tones
 from utils import UserError, serialize
 
 
@@ -131,8 +131,7 @@ def test_pretrained_weights_that_cannot_be(tmp_path):
     model = train.make_model(config_of(tmp_path, architecture="preresnet8"))
     files = {"text": b"weights", "other": serialize(nn.Linear(1, 1).state_dict()), "numbers": serialize({"model": 1})}
     sound = serialize(model.state_dict())
-    middle = len(sound) // 2  # among the weights, which torch.load does not check
-    files["flipped"] = sound[:middle] + bytes([sound[middle] ^ 1]) + sound[middle + 1 :]
+    files["flipped"] = flip_bit(sound, len(sound) // 2)  # among the weights
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     for name, reason in {

@@ -24,7 +24,7 @@ import lock
 import train
 import utils
 from models import base
-from tests.conftest import lock_flags
+from tests.conftest import flip_bit, lock_flags
 
 # Processes are forked from one that has imported everything, and computed nothing: they start at once.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -246,9 +246,8 @@ def test_two_processes_do_not_write_to_one_folder(place, run, user_error, tmp_pa
 def test_a_locked_file_that_is_damaged(place, user_error, tmp_path, name):
     folder = tmp_path / "locked"
     assert finish(lock.main, lock_flags(place, folder)) == 0
-    content = bytearray((folder / name).read_bytes())
-    content[len(content) // 2] ^= 1
-    (folder / name).write_bytes(content)
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(flip_bit(content, len(content) // 2))
     line = user_error(train.main, "--work-path", place / "preresnet8", "--lock-data", folder, "--seed", 20)
     assert f"{folder}/{name}: changed or damaged since it was locked" in line
     assert f"{folder}/{name}: changed or damaged" in user_error(lock.main, *lock_flags(place, folder))

@@ -16,7 +16,7 @@ import lockfiles
 import shards
 from data import to_uint8
 from lockfiles import Paths, load_locked
-from tests.conftest import Malicious
+from tests.conftest import Malicious, flip_bit
 from utils import UserError, exclusive, load_whole, printable, run_command, sync_folder, write_file
 
 IMAGES = torch.arange(5 * 3 * 4 * 4).remainder(256).to(torch.uint8).view(5, 3, 4, 4)
@@ -103,9 +103,8 @@ def test_one_flipped_bit_in_a_shard_or_a_checkpoint_is_noticed(tmp_path):
         content = {"of": shard.name, "locked": IMAGES, **dict.fromkeys(checkpoints.CHECKPOINT_KEYS, 1)}
         torch.save(content, path)
         assert torch.equal(load_whole(path)["locked"], IMAGES)
-        content = bytearray(path.read_bytes())
-        content[content.index(IMAGES.numpy().tobytes()) + 7] ^= 1
-        path.write_bytes(content)
+        content = path.read_bytes()
+        path.write_bytes(flip_bit(content, content.index(IMAGES.numpy().tobytes()) + 7))
         assert not torch.equal(torch.load(path)["locked"], IMAGES)
     assert shards.read_shard(paths, "train", 0) is None and shards.missing({"basic": paths}, "train", [0])
     with pytest.raises(UserError, match="ckpt.pth.tar: damaged"):

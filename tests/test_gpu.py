@@ -84,9 +84,9 @@ def test_the_training_of_a_base_classifier_is_the_plain_one(device, monkeypatch)
         assert difference(fast[name] - start[name], plain[name] - start[name]) < 0.05, name
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 0.1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("arch, batch_size", [("preresnet110", 128), ("vgg19", 128), ("densenet100bc", 64)])
-def test_compiled_gradients_are_the_eager_ones(device, arch, batch_size, dtype, tolerance):
+def test_compiled_gradients_are_the_eager_ones(device, arch, batch_size, dtype):
     """In the batch size in which these models are trained, on which it depends what is compiled. In float64 they must
     agree; float32, in which these models amplify rounding to about 1 %, is what cuDNN has channels_last for."""
     torch.manual_seed(0)
@@ -94,12 +94,14 @@ def test_compiled_gradients_are_the_eager_ones(device, arch, batch_size, dtype, 
     images = torch.rand(batch_size, 3, 32, 32, dtype=dtype, device=device)
     targets = torch.arange(batch_size, device=device) % 10
 
-    def gradient(forward):
-        parts = torch.autograd.grad(F.cross_entropy(forward(images), targets), list(model.parameters()))
-        return torch.cat([part.flatten() for part in parts])
+    def gradients(forward):
+        return torch.autograd.grad(F.cross_entropy(forward(images), targets), list(model.parameters()))
 
-    expected, found = gradient(model.forward), gradient(Compiled(model.forward, batch_size, say=pytest.fail))
-    assert difference(found, expected) < tolerance
+    expected, found = gradients(model.forward), gradients(Compiled(model.forward, batch_size, say=pytest.fail))
+    if dtype == torch.float64:
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-10)
+    whole = [torch.cat([part.flatten() for part in parts]) for parts in (found, expected)]
+    assert difference(*whole) < 0.1
 
 
 @pytest.mark.parametrize("compile", [False, True])

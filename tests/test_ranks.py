@@ -71,6 +71,10 @@ def test_two_processes_give_the_bytes_of_one(place, tmp_path):
     assert run.returncode != 0 and not list((tmp_path / "other").glob("*"))
     assert run.stderr.count("rank 1 has another basic.original_sha256.test.images than rank 0; give every machine") == 1
 
+    run = torchrun(2, "lock.py", *lock_flags(place, tmp_path / "2"), *flags, "--eps", 0.3)
+    assert run.returncode != 0
+    assert run.stderr.count("was made with eps 0.5, but now it is 0.3") == 1
+
     run = torchrun(2, "lock.py", "--dataset", "digits", "--resume-path", "none")
     assert run.returncode != 0 and run.stderr.count("none: no such checkpoint") == 1
 

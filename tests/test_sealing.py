@@ -12,7 +12,7 @@ import data
 import lock
 import lockfiles
 import sealing
-from tests.conftest import lock_flags
+from tests.conftest import flip_bit, lock_flags
 from utils import UserError
 
 
@@ -54,9 +54,7 @@ def test_nothing_opens_with_another_key_or_one_bit_changed(pair, tmp_path):
     sealed = sealing.seal(original, locked, key, "context")
     attempts = [(sealed, other, "context"), (sealed, key, "contexts"), (sealed[:-1], key, "context"), (b"", key, "")]
     for position in range(0, len(sealed), 37):
-        changed = bytearray(sealed)
-        changed[position] ^= 1
-        attempts.append((bytes(changed), key, "context"))
+        attempts.append((flip_bit(sealed, position), key, "context"))
     for content, key_tried, context in attempts:
         with pytest.raises(UserError, match="cannot unlock"):
             sealing.unseal(content, locked, key_tried, context)
@@ -171,7 +169,7 @@ def test_what_cannot_be_unlocked(sealed, place, command, user_error, tmp_path):
 
     for name in ("train_sealed_basic", "test_image_basic"):
         content = (folder / name).read_bytes()
-        (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        (folder / name).write_bytes(flip_bit(content, -1))
         assert f"{name}: changed or damaged since it was locked" in user_error(lock.main, *flags, key)
         (folder / name).write_bytes(content)
     assert not (tmp_path / "out").exists()
