@@ -46,8 +46,9 @@ def check_fresh(folder, checkpoint):
             )
 
 
-def note_start(path, epochs, device):
-    """Add to the list in a JSON file how and on what a run trains some epochs, a range; returns the list.
+def note_start(path, epochs, device, **given):
+    """Add to the list in a JSON file how and on what a run trains some epochs, a range, and what else is given of it;
+    returns the list.
 
     Earlier starts of which no epoch was kept are taken out.
     """
@@ -62,7 +63,7 @@ def note_start(path, epochs, device):
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         }
-        starts.append({**start, **utils.environment(device), "commit": utils.commit()})
+        starts.append({**start, **utils.environment(device), "commit": utils.commit(), **given})
         write_file(path, json.dumps(starts, indent=1).encode())
     return starts
 

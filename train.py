@@ -29,7 +29,7 @@ from checkpoints import Learner, background, is_begun, keep_epoch, load_pretrain
 from config import KEYS, load_config
 from data import DATASETS, SPLITS, canonical_name, is_plain
 from graphs import Captured, Compiled
-from lockfiles import Paths, hash_tensor, load_locked, lock_suffix, split_path
+from lockfiles import Paths, hash_tensor, load_locked, lock_suffix, sha256, split_path
 from methods import METHODS
 from models import MODELS
 from utils import PRECISIONS, UserError, number, write_file
@@ -370,7 +370,8 @@ def run(args, config, data, manifest, folder, suffix):
         runs.show_pictures(data, picture, writers["run"])
     data = {name: (images.to(device), labels.to(device)) for name, (images, labels) in data.items()}
     epochs, step = range(done + 1, config.epochs + 1), make_step(learner, config, log)
-    made_with = runs.note_start(folder / "made_with.json", epochs, device)
+    begun_from = {"pretrained_sha256": sha256(Path(config.pretrained).read_bytes())} if pretrained else {}
+    made_with = runs.note_start(folder / "made_with.json", epochs, device, **begun_from)
     with background() as start:  # a checkpoint of vgg19 takes about as long to write as an epoch on a GPU
         keep = partial(keep_epoch, start, checkpoint, learner, history=history, config=config, data_hash=data_hash)
         if done == config.epochs and evaluated < done:  # it was to go on when it was trained

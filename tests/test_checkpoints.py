@@ -1,5 +1,6 @@
 """The checkpoints of a training run: what they keep, the order in which they are written, and what is refused."""
 
+import json
 import threading
 from functools import partial
 
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 import checkpoints
 import train
 from tests.conftest import config_of, flip_bit, learner_of, new_learner, two_tones
-from utils import UserError, serialize
+from utils import UserError, flatten, serialize
 
 
 def test_the_state_of_a_float16_training_is_kept(tmp_path):
@@ -103,6 +104,13 @@ def test_a_run_that_comes_from_a_cpu_draws_anew_on_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "manual_seed", seeds.append)
     checkpoints.restore(state, learner, config, "")
     assert seeds == [8]
+
+
+def test_a_run_that_is_older_than_a_key_goes_on(tmp_path):
+    config, learner = config_of(tmp_path), learner_of(nn.Linear(1, 1), lr=0)
+    state = checkpoints.snapshot(learner, 1, [], config, "")
+    state["config"] = json.dumps({key: value for key, value in flatten(config).items() if key != "pretrained"})
+    checkpoints.restore(state, learner, config, "")
 
 
 def test_the_best_checkpoint_is_written_first(tmp_path, monkeypatch):

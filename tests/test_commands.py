@@ -1,5 +1,6 @@
 """The three commands of the README on the digits, in short, and what they say to a user's mistakes."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -217,6 +218,7 @@ def test_training_goes_on_from_pretrained_weights(place, command, user_error, ca
     trained = [*run, "--seed", 51, "--pretrained", given, "--lr_scheduler.base_lr", 0]
     command(train.main, *trained)
     assert f"pretrained: {given}\n" in capsys.readouterr().out
+    digest = hashlib.sha256(given.read_bytes()).hexdigest()
     before, after = (torch.load(given.parents[1] / seed / "ckpt.pth.tar")["model"] for seed in ("seed50", "seed51"))
     weights = [name for name in before if name.endswith((".weight", ".bias"))]
     assert len(weights) > 10 and all(torch.equal(before[name], after[name]) for name in weights)
@@ -224,6 +226,8 @@ def test_training_goes_on_from_pretrained_weights(place, command, user_error, ca
     assert "none: no such file" in line and given.exists()
     given.rename(place / "gone")  # a run that has begun needs it no more
     command(train.main, *trained, "--epochs", 2, "--resume")
+    starts = json.loads((given.parents[1] / "seed51" / "result.json").read_text())["made_with"]
+    assert [start.get("pretrained_sha256") for start in starts] == [digest, None]
 
 
 @pytest.mark.parametrize(
@@ -288,7 +292,6 @@ def test_mistakes_in_locking(place, user_error, tmp_path):
     assert "not a checkpoint of --arch resnet50" in user_error(lock.main, *elsewhere, "--arch", "resnet50")
     assert "unknown name 'resnet49'" in user_error(lock.main, *elsewhere, "--arch", "resnet49")
     assert "CIFAR-10 is not there" in user_error(lock.main, *elsewhere, "--dataset", "cifar", "--orig-data", tmp_path)
-    assert "--alpha" in user_error(lock.main, *elsewhere, "--alpha", 1.5)
     assert "--attack-steps" in user_error(lock.main, *elsewhere, "--attack-steps", 10**401)
     assert "--verify: is empty; give it a value" in user_error(lock.main, "--verify", "")
     assert "--key-out: is empty; give it a value" in user_error(lock.main, *elsewhere, "--key-out=")
@@ -424,12 +427,12 @@ def test_labels_of_another_order_are_told(place, locked, command, capsys):
 
 
 def test_a_base_classifier_is_trained_as_its_flags_say(monkeypatch, command, tmp_path):
-    """What would be trained on, and the seed; the training itself is left out."""
-    loaders, seeds, batches, new = [], [], base.Batches, base.attacker_model
+    """What would be trained on, the seed, and the defaults of the digits; the training itself is left out."""
+    loaders, seeds, passed, batches, new = [], [], [], base.Batches, base.attacker_model
     monkeypatch.setattr(base, "Batches", lambda *args, **more: loaders.append(batches(*args, **more)) or loaders[-1])
     monkeypatch.setattr(base, "attacker_model", lambda *args: seeds.append(torch.initial_seed()) or new(*args))
     monkeypatch.setattr(base, "report", lambda *args: None)
-    monkeypatch.setattr(base.robustness_main(), "train_model", lambda *args, **options: None)
+    monkeypatch.setattr(base.robustness_main(), "train_model", lambda *args, **options: passed.append(args))
     for augmented in (1, 0):
         command(base.train, "--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--out-dir", tmp_path,
                 "--exp-name", augmented, "--data-aug", augmented, "--manual-seed", 9)  # fmt: skip
@@ -437,3 +440,27 @@ def test_a_base_classifier_is_trained_as_its_flags_say(monkeypatch, command, tmp
     assert [(one.transform, one.shuffle) for one in loaders] == [
         (data.to_float, False), (base.augment_digits, True), (data.to_float, False), (data.to_float, True)
     ]  # fmt: skip
+    for args, _, (train_batches, test_batches) in passed:
+        assert train_batches.shuffle and (len(train_batches.labels), len(test_batches.labels)) == (1437, 360)
+        assert (args.epochs, args.batch_size, args.weight_decay, args.step_lr) == (20, 64, 5e-4, 8)
+
+
+def test_a_base_classifier_goes_on_with_its_weights_and_other_random_numbers(place, command, monkeypatch, tmp_path):
+    passed, latest = [], place / "base" / "checkpoint.pt.latest"
+    monkeypatch.setattr(base, "report", lambda *args: None)
+    monkeypatch.setattr(
+        base.robustness_main(), "train_model",
+        lambda args, model, *_, **__: passed.append((torch.initial_seed(), model.state_dict())),
+    )  # fmt: skip
+    command(base.train, "--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--out-dir", tmp_path,
+            "--exp-name", "new", "--resume", latest, "--resume-optimizer", 1)  # fmt: skip
+    ((seed, weights),), kept = passed, base.read_checkpoint(latest)
+    assert seed == 23 + kept["epoch"] and weights.keys() == kept["model"].keys()
+    assert all(torch.equal(value, kept["model"][name]) for name, value in weights.items())
+
+
+def test_the_defaults_are_the_papers(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lock.py"])
+    args = lock.parse_arguments()
+    assert (args.dataset, args.arch, args.lock_method) == ("cifar", "resnet50", ["basic"])
+    assert (args.eps, args.attack_lr, args.attack_steps, args.alpha, args.lambd) == (0.5, 0.1, 100, 0.5, 0.5)

@@ -63,7 +63,12 @@ def test_a_cifar_zoo_config_loads_unchanged(tmp_path):
     assert config.orig_data_path == "./data"
     assert config.augmentation.cutout is True and config.mixup is True
     assert config.locked_test_label == "./data/test_label_basic"
-    assert flatten(config).keys() == flatten(CONFIG).keys()
+    found, defaults = flatten(config), flatten(CONFIG)
+    assert found.keys() == defaults.keys()
+    assert {key for key in found if found[key] != defaults[key]} == {  # that file has the paper's values
+        "architecture", "dataset", "orig_data_path", "ckpt_name", "mixup", "augmentation.normalize",
+        "augmentation.cutout", "lr_scheduler.type",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -115,6 +120,7 @@ def test_overrides(tmp_path):
             "config.yaml: cannot be read .epochs is given twice .*line 3",
         ),
         (MINIMAL[:-1] + ", optimize: {momentum: 1, momentum: 0}}", "momentum is given twice"),
+        (MINIMAL[:-1] + ", optimize: {momentum: 1}, optimize.momentum: 0}", "optimize.momentum stands beside the sect"),
         (MINIMAL[:-1] + ", data_path: ./b}", "config.yaml: data_path and orig_data_path are one key"),
     ],
 )
@@ -122,6 +128,18 @@ def test_mistakes_in_a_config(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as error:
         config_of(tmp_path, text)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"adversarial.eps": "0.5", "augmentation.normalize": "True"}, "adversarial.eps is in pixels of"),
+        ({"mixup": "True", "cutmix": "True"}, "cutmix and mixup exclude each other"),
+    ],
+)
+def test_keys_that_exclude_each_other(tmp_path, keys, message):
+    with pytest.raises(UserError, match=message):
+        config_of(tmp_path, **keys)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +155,7 @@ def test_mistakes_in_a_config(tmp_path, text, message):
         ("lr_scheduler.base_lr", ".nan", "lr_scheduler.base_lr is nan"),
         ("augmentation.length", "-5", "augmentation.length is -5"),
         ("ckpt_name", "a/b", "ckpt_name is 'a/b'"),
+        ("ckpt_path", "../x", "ckpt_path is '../x'"),
         ("seed", "99999999999999999999", "seed is 9"),
     ],
 )

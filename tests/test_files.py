@@ -3,6 +3,9 @@
 import errno
 import io
 import os
+import re
+import shutil
+import subprocess
 import sys
 from contextlib import nullcontext
 
@@ -14,6 +17,7 @@ import checkpoints
 import data
 import lockfiles
 import shards
+import utils
 from data import to_uint8
 from lockfiles import Paths, load_locked
 from tests.conftest import Malicious, flip_bit
@@ -162,6 +166,18 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
         write_file(path, b"new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
+def test_the_commit_is_that_of_the_code(monkeypatch, tmp_path):
+    (tmp_path / "utils.py").write_text("committed")
+    monkeypatch.setattr(utils, "__file__", str(tmp_path / "utils.py"))
+    for words in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -q -m a"):
+        subprocess.run(["git", "-C", tmp_path, *words.split()], check=True)
+    commit = utils.commit()
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    (tmp_path / "utils.py").write_text("changed")
+    assert utils.commit() == f"{commit}-dirty"
 
 
 def test_a_slice_is_saved_alone():

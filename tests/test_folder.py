@@ -171,7 +171,7 @@ def test_the_three_commands_and_back(digits, command, user_error, tmp_path):
     assert json.loads((tmp_path / "basic" / "seed0" / "result.json").read_text()) == result
 
 
-def test_mistakes_with_a_folder(digits, user_error, tmp_path):
+def test_mistakes_with_a_folder(digits, user_error, monkeypatch, tmp_path):
     flags = ["--dataset", "folder", "--orig-data", digits / "photos", "--arch", "preresnet8",
              "--resume-path", digits / "base" / "checkpoint.pt.best", "--lock-data", tmp_path / "new"]  # fmt: skip
     for name in ("train/a/0.png", "train/b/1.png", "train/c/2.png", "test/a/3.png", "test/b/4.png", "test/c/5.png"):
@@ -188,6 +188,10 @@ def test_mistakes_with_a_folder(digits, user_error, tmp_path):
     assert "1.png: is 16x16 pixels, but" in line
     for inside in ("", "/new", "/.."):
         line = user_error(lock.main, *flags, "--lock-data", f"{digits}/photos{inside}")
+        assert "what is handed out and the originals in" in line
+    with monkeypatch.context() as patch:
+        patch.chdir(digits)
+        line = user_error(lock.main, *flags, "--orig-data", "photos", "--lock-data", "photos/new")
         assert "what is handed out and the originals in" in line
     line = user_error(base.train, "--dataset", "folder", "--data", digits / "photos", "--adv-train", 0, "--arch",
                       "resnet18", "--out-dir", tmp_path, "--exp-name", "new")  # fmt: skip

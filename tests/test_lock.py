@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sklearn.datasets
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -25,12 +26,13 @@ from utils import UserError
 def test_target_maps():
     """The maps as the authors' code gives them, and what is known of them."""
     t1, t2, t3, t4 = TARGET_MAPS.values()
+    digits = ["".join(map(str, target_map)) for target_map in (t1, t2, t3, t4)]
+    assert digits == ["8310249675", "4235718069", "6291075348", "3961584702"]
     assert [sorted(target_map) for target_map in (t1, t2, t3, t4)] == [list(range(10))] * 4
     fixed = {name: [c for c in range(10) if target_map[c] == c] for name, target_map in TARGET_MAPS.items()}
     assert fixed == {"T1": [], "T2": [9], "T3": [], "T4": [7]}
     assert [c for c in range(10) if t2[c] == t3[c]] == [1]
     assert [c for c in range(10) if t3[c] == t4[c]] == [3]
-    assert (t1[0], t1[9], t4[4]) == (8, 5, 5)
 
 
 @pytest.mark.parametrize("classes", range(2, 10))
@@ -171,6 +173,10 @@ def test_report():
     assert "wrong on most originals" in " ".join(lock.weaknesses(shards.summarize(blind, "basic")))
     weak = {**strong, "to_true": torch.ones(4)}
     assert "raise --eps" in " ".join(lock.weaknesses(shards.summarize(weak, "basic")))
+    one_misses = {**measured, "T2": torch.ones(4)}
+    assert "miss their target" in " ".join(lock.weaknesses(shards.summarize(one_misses, "mixup")))
+    unchanged = {**measured, "l2": torch.zeros(4)}
+    assert "PSNR infinite" in lock.report(shards.summarize(unchanged, "basic"))
     weak = {**weak, "T2": torch.ones(4)}
     assert "lock by basic" in " ".join(lock.weaknesses(shards.summarize(weak, "mixup")))
 
@@ -221,6 +227,16 @@ def test_cifar10_is_read_as_its_files_have_it(split, monkeypatch):
     assert images.shape == (2, 3, 32, 32) and images.is_contiguous() and labels.tolist() == [3, 9]
     assert images[1, 2, 5, 7] == pixels[split][1, 5, 7, 2]
     assert rest == [classes, ["d/00000.png", "j/00001.png"]]
+
+
+def test_the_digits_are_scikit_learns():
+    """Enlarging keeps the mean of an image."""
+    pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
+    train, test = (data.load_digits(None, split) for split in data.SPLITS)
+    assert len(test.labels) == 360 and torch.equal(torch.cat([train.labels, test.labels]), torch.from_numpy(labels))
+    means = to_float(torch.cat([train.images, test.images])).mean((2, 3))
+    expected = torch.from_numpy(pixels / 16).float().mean(1, keepdim=True).expand(-1, 3)
+    torch.testing.assert_close(means, expected, atol=0.003, rtol=0)
 
 
 def test_larger_images_are_attacked_in_smaller_batches():

@@ -54,6 +54,14 @@ def test_the_manifest_tells_what_a_lock_is(place):
     assert {"commit", "date", "sealed_with"} < manifest.keys()
 
 
+def test_cifar_is_cifar10_and_the_seed_is_that_of_the_target_maps(place, command, monkeypatch, tmp_path):
+    drawn, target_maps = [], lock.target_maps
+    monkeypatch.setitem(data.DATASETS, "cifar", data.DATASETS["digits"])
+    monkeypatch.setattr(lock, "target_maps", lambda *args: drawn.append(args) or target_maps(*args))
+    command(lock.main, *lock_flags(place, tmp_path), "--subset", 4, "--dataset", "cifar", "--manual-seed", 5)
+    assert drawn == [(10, 5)] and manifest_of(tmp_path)["settings"]["dataset"] == "cifar10"
+
+
 def test_a_tensors_hash_tells_order_values_shape_and_type_apart():
     images = torch.arange(24, dtype=torch.uint8).view(2, 3, 2, 2)
     others = [images.flip(0), images + 1, images.view(2, 3, 4, 1), images.to(torch.int64)]
@@ -255,6 +263,12 @@ def test_methods_that_replace_older_locks_are_attacked_once(place, command, monk
     assert not list(tmp_path.glob(".lock_*"))
 
 
+def test_a_lock_leaves_no_file_of_the_one_that_it_replaces(place, locked, command):
+    for form in ("png", "tensor"):
+        command(lock.main, *lock_flags(place, locked), "--subset", 4, "--overwrite", "--format", form)
+        command(lock.main, "--verify", locked)
+
+
 @pytest.mark.parametrize("task", ["replace an older lock", "add PNG files and seals"])
 def test_a_lock_is_finished_wherever_it_was_cut_off(place, command, monkeypatch, cut, tmp_path, task):
     """Before each change of the disk, from the last shard on: then either lock is whole, or the new one's shards."""
@@ -362,8 +376,9 @@ def test_an_interrupted_lock_is_not_continued_with_other_settings(place, command
     assert ".lock_basic was made with batch_size 40, but now it is 50" in line
     line = user_error(train.main, "--work-path", place / "preresnet8", "--lock-data", tmp_path, "--seed", 33)
     assert "train_image_basic: this lock is not finished; the command that began it finishes it" in line
+    sizes = interrupt(monkeypatch, at=None)
     command(lock.main, *lock_flags(place, tmp_path), "--batch-size", 50, "--overwrite")
-    assert manifest_of(tmp_path)["settings"]["batch_size"] == 50
+    assert manifest_of(tmp_path)["settings"]["batch_size"] == 50 and sizes == [50, 46] * 2
 
 
 def test_a_lock_goes_on_as_it_was_begun_on_another_machine(place, command, monkeypatch, tmp_path):

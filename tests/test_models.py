@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -5,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import utils
 from models import MODELS
+from models.resnet import BasicBlock
 
 # Counts of CIFAR-ZOO's models with ten classes, and below them of torchvision's.
 PARAMETERS = {
@@ -25,6 +28,21 @@ def test_parameter_counts(name):
     with torch.device("meta"):
         model = MODELS[name](num_classes=10)
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith(("vgg", "resnet", "preresnet"))])
+def test_a_name_tells_kind_and_depth(name):
+    """In which a residual network counts its linear layer too, and a VGG the three of the original."""
+    kind, depth = re.fullmatch(r"(\D+)(\d+)", name).groups()
+    with torch.device("meta"):
+        model = MODELS[name]()
+    convolutions = [module for module in model.modules() if getattr(module, "kernel_size", None) == (3, 3)]
+    assert len(convolutions) == int(depth) - (3 if kind == "vgg" else 1)
+    assert getattr(model, "preact", False) == (kind == "preresnet")
+
+
+def test_a_residual_block_ends_in_its_relu():
+    assert (BasicBlock(4, 4, stride=1)(torch.randn(2, 4, 8, 8)) >= 0).all()
 
 
 # Multiplications, in millions, and ReLUs of an image of 32x32 pixels on its way through CIFAR-ZOO's models.

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 
 from tests.conftest import lock_flags
 
@@ -44,13 +45,15 @@ utils.run_command(lock.main)
 
 def torchrun(count, script, *arguments):
     """Run a script in processes that torchrun starts, of one thread each, as torchrun sets it anyway."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={count}"]
-    return subprocess.run(
-        [sys.executable, *(launcher if count > 1 else []), *map(str, [script, *arguments])],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."},
-        capture_output=True,
-        text=True,
-    )
+    with tempfile.TemporaryDirectory() as logs:  # which torchrun would leave behind
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--log-dir={logs}"]
+        launcher = [*launcher, f"--nproc-per-node={count}"] if count > 1 else []
+        return subprocess.run(
+            [sys.executable, *launcher, *map(str, [script, *arguments])],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."},
+            capture_output=True,
+            text=True,
+        )
 
 
 def test_two_processes_give_the_bytes_of_one(place, tmp_path):

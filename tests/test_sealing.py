@@ -43,6 +43,8 @@ def test_seal_and_unseal(pair, tmp_path, monkeypatch):
     sealed = sealing.seal(original, locked, key, "context")
     assert_same(sealing.unseal(sealed, locked, key, "context"), original)
     step = sealing.NONCE_BYTES + 50 + sealing.TAG_BYTES
+    nonces = [sealed[start : start + sealing.NONCE_BYTES] for start in range(0, len(sealed), step)]
+    assert len(set(nonces)) == len(nonces) > 2
     for changed in (sealed[step:], sealed[:step], sealed[step : 2 * step] + sealed[:step] + sealed[2 * step :]):
         with pytest.raises(UserError, match="cannot unlock context: the key is another, or a file was changed"):
             sealing.unseal(changed, locked, key, "context")
@@ -65,6 +67,12 @@ def test_what_is_sealed_says_nothing_of_the_images(pair):
     same = sealing.seal(original, original.images, bytes(32), "context")
     with pytest.raises(zlib.error):
         zlib.decompress(same[sealing.NONCE_BYTES :])
+
+
+def test_a_key_among_what_is_handed_out(place, user_error, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for key in ("locked/key", tmp_path / "locked" / "key"):
+        assert "that is handed out" in user_error(lock.main, *lock_flags(place, "locked"), "--key-out", key)
 
 
 def test_a_key_file_is_private_and_never_replaced(tmp_path):

@@ -39,7 +39,6 @@ def test_schedules(tmp_path):
 def test_training_and_evaluation_count_right():
     """A linear model of two grey levels: all right, then, with the labels swapped, all wrong."""
     config = float32_config(batch_size=4, test_batch=3)
-    config.augmentation.random_crop = False
     images = torch.tensor([0, 255] * 5, dtype=torch.uint8)[:, None, None, None].expand(10, 3, 4, 4)
     labels = torch.tensor([0, 1] * 5)
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
@@ -49,6 +48,7 @@ def test_training_and_evaluation_count_right():
     expected = F.cross_entropy(model(images / 255), labels).item()
     assert accuracy == 100 and loss == pytest.approx(expected)
     assert train.evaluate(model, images, 1 - labels, config)[1] == 0
+    config.augmentation.random_crop = False  # which is for training alone
     step = train.make_step(learner_of(model, lr=0), config)
     assert train.train_epoch(step, images, labels, config) == pytest.approx((expected, 100), abs=1e-6)
 
@@ -192,12 +192,17 @@ def test_summary():
     accuracies = [(1, 50, 58), (2, 95, 30), (3, 94, 21)]
     history = [{"epoch": e, "locked_acc": locked, "orig_acc": orig} for e, locked, orig in accuracies]
     config = EasyDict(architecture="vgg19", dataset="cifar10", seed=4)
-    assert runs.summary(config, "50_horiz", "jpeg", history) == {
+    result = runs.summary(config, "50_horiz", "jpeg", history)
+    assert result == {
         "architecture": "vgg19", "dataset": "cifar10", "lock_method": "horiz", "alpha": 0.5, "name": "jpeg", "seed": 4,
         "epochs": 3,
         "locked_acc": 94, "orig_acc": 21, "best_epoch": 2, "best_locked_acc": 95, "orig_acc_at_best": 30,
         "max_orig_acc": 58,
     }  # fmt: skip
+    assert runs.outcome(result) == (
+        "vgg19, horiz, jpeg, seed 4, 3 epochs: locked 94.00 %, original 21.00 % "
+        "(best locked 95.00 % at epoch 2, original then 30.00 %; largest original 58.00 %)"
+    )
 
 
 def test_two_steps_are_sgd_by_its_definition():
