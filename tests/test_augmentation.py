@@ -15,6 +15,8 @@ def test_random_crop_cuts_out_of_the_padded_image():
     found = (windows == crops[:, :, None, None]).all(dim=(1, 4, 5)).view(40, 25)
     assert (found.sum(1) == 1).all()
     assert len(found.nonzero()[:, 1].unique()) > 12  # places differ from image to image
+    rows = (augmentation.random_crop(torch.ones(500, 3, 16, 16)) == 0).all(dim=(1, 3)).sum(1)
+    assert rows.max() == 4  # where nothing else is said
 
 
 def test_random_flip():

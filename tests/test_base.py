@@ -184,12 +184,20 @@ def test_only_digits_are_not_mirrored():
 
 
 def test_photos_are_augmented_by_robustness_amounts(monkeypatch):
-    """Its ColorJitter(0.25, 0.25, 0.25), and RandomRotation(2) after it."""
+    """Its RandomCrop(32, padding=4), ColorJitter(0.25, 0.25, 0.25) and RandomRotation(2), one after the other."""
     done = []
-    for name in ("color_jitter", "random_rotation"):
-        monkeypatch.setattr(base, name, lambda images, amount, name=name: done.append((name, amount)) or images)
+    for name in ("random_crop", "color_jitter", "random_rotation"):
+
+        def record(images, amount=4, padding=None, name=name):
+            done.append((name, padding or amount))
+            return images
+
+        monkeypatch.setattr(base, name, record)
     base.augment_photos(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
-    assert done == [("color_jitter", 0.25), ("random_rotation", 2)]
+    assert done == [("random_crop", 4), ("color_jitter", 0.25), ("random_rotation", 2)]
+    done.clear()
+    base.augment_digits(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    assert done == [("random_crop", 2), ("random_rotation", 2)]
 
 
 def test_what_adversarial_training_leaves_out(monkeypatch, capsys):
@@ -203,6 +211,13 @@ def test_a_classifier_in_an_older_form(tmp_path):
     state = attacker_model("preresnet8", "digits").state_dict()
     torch.save({"state_dict": state}, tmp_path / "old")
     assert load_base(tmp_path / "old", "preresnet8", "digits").state_dict().keys() == state.keys()
+
+
+def test_a_better_adversarial_accuracy_is_kept(checkpoint, tmp_path):
+    _, path = checkpoint()
+    torch.save({**torch.load(path), "adv_prec1": 40.0}, path)
+    args = Namespace(out_dir=tmp_path.parent, exp_name=tmp_path.name, adv_train=1, resume="none")
+    assert base.keep_best(args, 30.0) == 40.0
 
 
 def test_a_folder_is_written_to_by_one_training(tmp_path, user_error):

@@ -113,6 +113,15 @@ def test_a_run_that_is_older_than_a_key_goes_on(tmp_path):
     checkpoints.restore(state, learner, config, "")
 
 
+def test_what_a_run_may_change(tmp_path):
+    config, learner = config_of(tmp_path), learner_of(nn.Linear(1, 1), lr=0)
+    state = checkpoints.snapshot(learner, 1, [], config, "")
+    free = {"compile": "never", "use_gpu": "False", "test_batch": "7", "eval_freq": "7", "ckpt_name": "x"}
+    checkpoints.restore(state, learner, config_of(tmp_path, **free), "")
+    with pytest.raises(UserError, match="trained with batch_size 128, but it is 7 now"):
+        checkpoints.restore(state, learner, config_of(tmp_path, batch_size="7"), "")
+
+
 def test_the_best_checkpoint_is_written_first(tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(checkpoints, "write_file", lambda path, content: written.append(path.name))

@@ -52,6 +52,8 @@ def test_all_methods_at_once_give_the_files_that_each_gives_alone(place, command
     for suffix in ("basic", "50_horiz"):
         for name in (f"train_image_{suffix}", f"test_image_{suffix}", f"test_label_{suffix}"):
             assert (tmp_path / name).read_bytes() == (place / name).read_bytes()
+        alone, together = (json.loads((folder / f"lock_{suffix}.json").read_text()) for folder in (place, tmp_path))
+        assert alone["report"] == together["report"]
 
 
 def test_train_and_resume(place, command, monkeypatch, capsys):
@@ -63,6 +65,8 @@ def test_train_and_resume(place, command, monkeypatch, capsys):
     assert capsys.readouterr().out.strip().splitlines()[-1].startswith("preresnet8, basic, seed 0, 4 epochs: locked ")
     assert {"state.pth.tar", "state_best.pth.tar", "log.txt", "images.png"} <= {path.name for path in whole.iterdir()}
     assert "no GPU was found" in (whole / "log.txt").read_text()
+    shown = train.runs.pictures(data.load_digits(None, "test").images[:10], load(place, "test_image_basic")[:10])
+    assert (data.to_float(data.read_image(whole / "images.png")) - shown).abs().max() < 1 / 255
 
     (place / "stopped").mkdir()
     (place / "stopped" / "config.yaml").write_text((place / "preresnet8" / "config.yaml").read_text())
@@ -154,8 +158,9 @@ def test_each_method_and_seed_has_its_own_folder(place, command):
 
 
 def test_resume_where_nothing_was_started_starts(place, command, capsys):
-    command(train.main, "--work-path", place / "preresnet8", "--epochs", 1, "--seed", 8, "--resume")
-    assert "nothing to resume" in capsys.readouterr().out
+    command(train.main, "--work-path", place / "preresnet8", "--epochs", 1, "--seed", 8, "--resume", "--use_gpu", False)
+    out = capsys.readouterr().out
+    assert "nothing to resume" in out and "no GPU was found" not in out  # none was looked for
 
 
 def test_a_run_whose_checkpoint_is_gone_is_not_started_again(place, command, user_error):
@@ -216,7 +221,7 @@ def test_training_goes_on_from_pretrained_weights(place, command, user_error, ca
     command(train.main, *run, "--seed", 50)
     given = place / "preresnet8" / "basic" / "seed50" / "ckpt.pth.tar"
     trained = [*run, "--seed", 51, "--pretrained", given, "--lr_scheduler.base_lr", 0]
-    command(train.main, *trained)
+    command(train.main, *trained, "--resume")  # from the start, as python -m experiments gives it
     assert f"pretrained: {given}\n" in capsys.readouterr().out
     digest = hashlib.sha256(given.read_bytes()).hexdigest()
     before, after = (torch.load(given.parents[1] / seed / "ckpt.pth.tar")["model"] for seed in ("seed50", "seed51"))
@@ -286,6 +291,8 @@ def test_mistakes_in_locking(place, user_error, tmp_path):
     assert "--eps: '-1' is not a number of at least 0" in user_error(lock.main, *elsewhere, "--eps=-1")
     assert "--subset: '1.5' is not a whole number of at least 1" in user_error(lock.main, *elsewhere, "--subset", 1.5)
     assert "--alpha: '2' is not a number from 0 to 1" in user_error(lock.main, *elsewhere, "--alpha", 2)
+    for flag, value in {"--lambd": 2, "--attack-lr": "nan", "--eps": "inf"}.items():
+        assert f"{flag}: '{value}' is not a number" in user_error(lock.main, *elsewhere, flag, value)
     assert "no such checkpoint" in user_error(lock.main, *elsewhere, "--resume-path", tmp_path / "none")
     line = user_error(lock.main, *elsewhere, "--lock-method", "basic", "mixup", "--alpha", 0.3)
     assert "--alpha: --lock-method basic mixup has no use for it" in line
@@ -426,7 +433,7 @@ def test_labels_of_another_order_are_told(place, locked, command, capsys):
     assert "warning: the labels of the locked and the original test set differ" in capsys.readouterr().out
 
 
-def test_a_base_classifier_is_trained_as_its_flags_say(monkeypatch, command, tmp_path):
+def test_a_base_classifier_is_trained_as_its_flags_say(monkeypatch, command, capsys, tmp_path):
     """What would be trained on, the seed, and the defaults of the digits; the training itself is left out."""
     loaders, seeds, passed, batches, new = [], [], [], base.Batches, base.attacker_model
     monkeypatch.setattr(base, "Batches", lambda *args, **more: loaders.append(batches(*args, **more)) or loaders[-1])
@@ -435,7 +442,9 @@ def test_a_base_classifier_is_trained_as_its_flags_say(monkeypatch, command, tmp
     monkeypatch.setattr(base.robustness_main(), "train_model", lambda *args, **options: passed.append(args))
     for augmented in (1, 0):
         command(base.train, "--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--out-dir", tmp_path,
-                "--exp-name", augmented, "--data-aug", augmented, "--manual-seed", 9)  # fmt: skip
+                "--exp-name", augmented, "--data-aug", augmented, "--manual-seed", 9,
+                "--precision", "bfloat16")  # fmt: skip
+        assert "in bfloat16 (as asked for)" in capsys.readouterr().out
     assert seeds == [9, 9]
     assert [(one.transform, one.shuffle) for one in loaders] == [
         (data.to_float, False), (base.augment_digits, True), (data.to_float, False), (data.to_float, True)

@@ -157,6 +157,15 @@ def test_keys_that_exclude_each_other(tmp_path, keys, message):
         ("ckpt_name", "a/b", "ckpt_name is 'a/b'"),
         ("ckpt_path", "../x", "ckpt_path is '../x'"),
         ("seed", "99999999999999999999", "seed is 9"),
+        ("eval_freq", "0", "eval_freq is 0"),
+        ("batch_size", "0", "batch_size is 0"),
+        ("test_batch", "0", "test_batch is 0"),
+        ("mixup_alpha", "0", "mixup_alpha is 0"),
+        ("cutmix_alpha", "0", "cutmix_alpha is 0"),
+        ("preprocess.blur", "3", "preprocess.blur is 3"),
+        ("preprocess.bits", "0", "preprocess.bits is 0"),
+        ("preprocess.bits", "9", "preprocess.bits is 9"),
+        ("preprocess.jpeg_quality", "101", "preprocess.jpeg_quality is 101"),
     ],
 )
 def test_values_that_a_config_cannot_have(tmp_path, key, value, message):

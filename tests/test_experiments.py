@@ -17,6 +17,7 @@ from torchvision.utils import save_image
 
 import runs
 import utils
+from config import CONFIG
 from experiments import __main__ as study
 from methods import METHODS
 from models import MODELS
@@ -105,6 +106,14 @@ def test_what_is_drawn(results, monkeypatch, tmp_path):
     ]  # fmt: skip
 
 
+def test_a_line_is_the_mean_of_the_seeds_where_all_were_evaluated():
+    axis = study.Figure().subplots()
+    results = [{"curves": {"orig_acc": {1: 10, 2: 0, 4: 50}}}, {"curves": {"orig_acc": {1: 20, 4: 40}}}]
+    assert study.draw(axis, results, "orig_acc", "C0", "--").get_xydata().tolist() == [[1, 15], [4, 45]]
+    heights = axis.collections[0].get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (10, 50)
+
+
 def test_a_control_is_that_of_the_same_training():
     """By its config, whatever its name; mixup has none of its own."""
 
@@ -130,6 +139,8 @@ def test_rows_that_read_the_same_are_told_apart():
     settings = [{"eps": 1, "a_sha256": "f"}, {"a_sha256": "f"}, {"eps": 2}, {"a_sha256": "e"}]
     assert study.tell_apart(["a", "a", "b", "c"], settings) == ["eps 1", "", "", ""]
     assert study.tell_apart("aaa", settings[:2] + settings[3:]) == ["eps 1, a_sha256 f", "a_sha256 f", "a_sha256 e"]
+    named = study.method_of({"lock_method": "mixandcat", "alpha": 0.5, "lambd": 0.3})
+    assert named == "mixandcat lambd 0.3"
     paths = [{"path": f"{long}{end}", "a_sha256": end} for end in "12"]
     assert study.tell_apart("aa", paths) == [f"path {long}1", f"path {long}2"]
 
@@ -187,6 +198,7 @@ def test_the_readmes_say_what_the_results_say():
     rows = list(table_rows((root / "README.md").read_text() + (root / "results" / "README.md").read_text()))
     models = next([cell.partition(",")[0] for cell in header] for header, row in rows if header[0] == "lock")
     groups, of_lock2 = study.gather([root / "results"]), set()
+    default = {key: value for key, value in flatten(CONFIG).items() if key in set().union(*study.VARIANTS.values())}
     for group in groups:
         first = group[0]
         names = [first["name"]] if first["name"] else [first["lock_method"], "plain", first["architecture"]]
@@ -197,6 +209,8 @@ def test_the_readmes_say_what_the_results_say():
             if row[0].rpartition("`, ")[2].strip("`") in names
             and any(cell == numbers and fits(column, first) for column, cell in zip(header, row))
         ]
+        keys = {key: value for key, value in flatten(first["config"]).items() if default.get(key) not in (None, value)}
+        assert study.VARIANTS.get(first["name"], keys) == keys, first["folder"]
         if "_eps" in first["name"]:
             reached = f"{100 * first['lock']['report']['test']['attacks']['T1']:.0f}"
             found = [row for row in found if row[1] == reached]
@@ -205,6 +219,14 @@ def test_the_readmes_say_what_the_results_say():
             of_lock2.add((first["architecture"], numbers))
     (repeated,) = (row for _, row in rows if row[0] == "that of `lock2`")
     assert of_lock2.issuperset(list(zip(models, repeated))[2:])
+    papers = {
+        (row[0].replace("-", "").lower(), method): cell
+        for header, row in rows
+        if header[0] == "model, trained on locked images" and "ours" not in row[0]
+        for method, cell in zip(header[1:], row[1:])
+        if cell
+    }
+    assert papers == {key: f"{orig:.2f} / {locked:.2f}" for key, (orig, locked) in study.PAPER.items()}
 
 
 def test_mistakes(results, user_error, tmp_path):
@@ -233,6 +255,14 @@ def test_mistakes(results, user_error, tmp_path):
         (results / "0" / "result.json").write_text(content)
         line = user_error(study.main, "--work-path", results, "--plot", tmp_path / "curves.png")
         assert "0/result.json: not a result of train.py" in line
+
+
+def test_all_is_every_method_and_variant_and_each_run_may_go_on(monkeypatch, tmp_path):
+    flags = ["--run", "--work-path", str(tmp_path), "--lock-method", "all", "--variant", "plain", "all"]
+    monkeypatch.setattr(sys, "argv", ["experiments", *flags])
+    args, rest = study.parse_arguments()
+    assert args.lock_method == list(METHODS) and args.variant == list(study.VARIANTS)
+    assert all("--resume" in command for command in study.commands(args, rest))
 
 
 def test_every_combination_is_run_and_a_failure_costs_no_other_run(place, command, capsys, tmp_path):

@@ -178,6 +178,9 @@ def test_the_commit_is_that_of_the_code(monkeypatch, tmp_path):
     assert re.fullmatch("[0-9a-f]{40}", commit)
     (tmp_path / "utils.py").write_text("changed")
     assert utils.commit() == f"{commit}-dirty"
+    (tmp_path / "unpacked").mkdir()
+    monkeypatch.setattr(utils, "__file__", str(tmp_path / "unpacked" / "utils.py"))
+    assert utils.commit() is None  # the repository around it is another's
 
 
 def test_a_slice_is_saved_alone():

@@ -309,11 +309,15 @@ def test_the_classifier_and_not_the_folded_one_predicts_and_measures():
     assert not measured["T1"].any() and not measured["to_target"].any()
 
 
-def test_a_folded_classifier_that_gives_nan_is_not_attacked():
+def test_a_folded_classifier_that_gives_nan_is_not_attacked(tmp_path):
     folded = small_classifier()
-    folded[7].bias.data.fill_(torch.nan)
+    folded[7].bias.data[0] = torch.nan  # one logit of ten
     with pytest.raises(UserError, match="the base classifier gives NaN or infinity"):
         measured_of(Constant(), folded)
+    images, labels = torch.zeros(4, 3, 16, 16, dtype=torch.uint8), torch.zeros(4, dtype=int)
+    with pytest.raises(UserError, match="the base classifier gives NaN or infinity"):  # which ends the lock
+        flags = {"attack_steps": 1, "batch_size": 2, "precision": "float32"}
+        lock_by("basic", tmp_path, folded, images, labels, "test", **flags)
 
 
 def test_a_lock_computes_in_its_precision_and_compiles_its_batches(place, command, monkeypatch, tmp_path):

@@ -51,14 +51,15 @@ def test_the_manifest_tells_what_a_lock_is(place):
         assert manifest["files"][name]["sha256"] == lockfiles.sha256((place / name).read_bytes())
     assert manifest["files"][names[0]]["shape"] == [96, 3, 32, 32]
     assert manifest["made_with"][0]["torch"] == torch.__version__ and len(manifest["made_with"]) == 1
-    assert {"commit", "date", "sealed_with"} < manifest.keys()
+    assert manifest["commit"] == utils.commit() and {"date", "sealed_with"} < manifest.keys()
 
 
 def test_cifar_is_cifar10_and_the_seed_is_that_of_the_target_maps(place, command, monkeypatch, tmp_path):
     drawn, target_maps = [], lock.target_maps
     monkeypatch.setitem(data.DATASETS, "cifar", data.DATASETS["digits"])
     monkeypatch.setattr(lock, "target_maps", lambda *args: drawn.append(args) or target_maps(*args))
-    command(lock.main, *lock_flags(place, tmp_path), "--subset", 4, "--dataset", "cifar", "--manual-seed", 5)
+    flags = [*lock_flags(place, tmp_path), "--dataset", "cifar", "--orig-data", tmp_path / "cifar10"]
+    command(lock.main, *flags, "--subset", 4, "--manual-seed", 5)
     assert drawn == [(10, 5)] and manifest_of(tmp_path)["settings"]["dataset"] == "cifar10"
 
 
@@ -161,12 +162,12 @@ def test_a_manifest_that_no_lock_writes(locked, user_error, change):
     assert "lock_basic.json: not a manifest of lock.py" in user_error(lock.main, "--verify", locked)
 
 
-def test_verify_finds_what_does_not_belong_there(place, locked, command, user_error, capsys):
+def test_verify_names_what_does_not_belong_there(place, locked, command, user_error, capsys):
     command(lock.main, *lock_flags(place, locked), "--format", "png")
     (locked / "basic" / ".DS_Store").touch()  # macOS leaves it behind where somebody looked
     (locked / "train" / "0").mkdir(parents=True)
     wrong = {
-        locked / "basic" / "train" / "0" / "more.png": lambda path: path.write_bytes(b"more"),
+        locked / "basic" / "train" / "0" / "more\x1b[2J.png": lambda path: path.write_bytes(b"more"),
         locked / "basic" / "val" / "0.png": lambda path: (path.parent.mkdir(), path.write_bytes(b"more")),
         locked / "basic" / "train" / "0" / "link": lambda path: path.symlink_to(locked / "train" / "0"),
         locked / "train_sealed_basic": lambda path: path.write_bytes(b"more"),
@@ -174,8 +175,13 @@ def test_verify_finds_what_does_not_belong_there(place, locked, command, user_er
     for path, make in wrong.items():
         command(lock.main, "--verify", locked)
         make(path)
-        assert "not as they were locked: 1, see above" in user_error(lock.main, "--verify", locked)
+        with pytest.raises(SystemExit):
+            command(lock.main, "--verify", locked)
+        out, err = capsys.readouterr()
+        assert utils.printable(path) in out and "not as they were locked: 1, see above" in err
         path.unlink()
+    (locked / "basic" / "test.sha256").write_bytes(b"")
+    assert "not as they were locked: 1, see above" in user_error(lock.main, "--verify", locked)
 
 
 def test_overwriting_never_replaces_the_originals(place, locked, user_error, command):
@@ -264,6 +270,8 @@ def test_methods_that_replace_older_locks_are_attacked_once(place, command, monk
 
 
 def test_a_lock_leaves_no_file_of_the_one_that_it_replaces(place, locked, command):
+    (locked / ".new_basic").mkdir()  # of a process that was killed
+    (locked / ".new_basic" / "train_sealed_basic").touch()
     for form in ("png", "tensor"):
         command(lock.main, *lock_flags(place, locked), "--subset", 4, "--overwrite", "--format", form)
         command(lock.main, "--verify", locked)
@@ -445,6 +453,8 @@ def test_png_files_hold_what_the_tensors_hold(place, locked, command, monkeypatc
     command(train.main, *run, "--seed", 34, "--overwrite", *alone)
     result = json.loads((place / "preresnet8" / "basic" / "seed34" / "result.json").read_text())
     assert list(result["lock"]["files"]) == ["basic/train.sha256", "basic/test.sha256"]
+    command(lock.main, *lock_flags(place), *alone, "--format", "png", "--key-out", tmp_path / "key")
+    command(lock.main, "--verify", tmp_path / "alone")
 
 
 def test_an_older_lock_asked_for_again_costs_no_shard_of_a_new_one(place, locked, command, monkeypatch):
@@ -508,14 +518,19 @@ def test_what_lock_says(place, locked, command, capsys, tmp_path):
     command(lock.main, "--verify", locked)
     assert ".lock_mixup: an interrupted lock" in capsys.readouterr().out
     command(lock.main, *lock_flags(place, tmp_path / "new"), "--lock-method", "mixup", "--subset", 4)
-    assert "the target map T2 sends 9 to itself" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "the target map T2 sends 9 to itself" in out and "test, 4 images\n  base classifier, on the" in out
 
 
-def test_a_linked_tree_is_not_of_a_lock(tmp_path):
+def test_a_folder_of_somebody_else_is_not_of_a_lock(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "train.sha256").touch()
     (tmp_path / "basic").symlink_to(tmp_path / "mine")
     assert not Paths(tmp_path, "basic").has_tree()
+    (tmp_path / "50_horiz").mkdir()
+    for suffix in ("basic", "50_horiz"):
+        Paths(tmp_path, suffix).remove()
+    assert (tmp_path / "basic").is_symlink() and (tmp_path / "50_horiz").is_dir()
 
 
 def test_verify_takes_no_other_file_for_a_lock(locked, command):

@@ -1,6 +1,7 @@
 """Sealed originals: only the right key and unchanged files give them back, bit for bit."""
 
 import json
+import os
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import lock
 import lockfiles
 import sealing
 from tests.conftest import flip_bit, lock_flags
-from utils import UserError
+from utils import UserError, write_file
 
 
 @pytest.fixture
@@ -73,6 +74,14 @@ def test_a_key_among_what_is_handed_out(place, user_error, monkeypatch, tmp_path
     monkeypatch.chdir(tmp_path)
     for key in ("locked/key", tmp_path / "locked" / "key"):
         assert "that is handed out" in user_error(lock.main, *lock_flags(place, "locked"), "--key-out", key)
+
+
+def test_what_is_brought_to_the_disk_is_whole(monkeypatch, tmp_path):
+    sizes = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: sizes.append(os.fstat(descriptor).st_size))
+    sealing.make_key(tmp_path / "key")
+    write_file(tmp_path / "file", b"new")
+    assert sizes[:2] == [65, 3]  # and then the folder
 
 
 def test_a_key_file_is_private_and_never_replaced(tmp_path):
@@ -166,6 +175,7 @@ def test_what_cannot_be_unlocked(sealed, place, command, user_error, tmp_path):
     assert "--unlock needs --orig-data" in user_error(lock.main, "--unlock", "--key", key, "--lock-data", folder)
     assert "holds no sealed lock" in user_error(lock.main, *flags, key, "--lock-data", place)
     assert "go together" in user_error(lock.main, *flags[:-1])
+    assert "go together" in user_error(lock.main, *lock_flags(place, folder), "--key", key)
     line = user_error(lock.main, *lock_flags(place, folder), "--key-out", tmp_path / "other")
     assert "lock_basic.json is sealed with another key" in line
     line = user_error(lock.main, *lock_flags(place, folder), "--key-out", tmp_path / "new")
@@ -178,6 +188,7 @@ def test_what_cannot_be_unlocked(sealed, place, command, user_error, tmp_path):
     for name in ("train_sealed_basic", "test_image_basic"):
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(flip_bit(content, -1))
+        assert "not as they were locked: 1, see above" in user_error(lock.main, "--verify", folder)
         assert f"{name}: changed or damaged since it was locked" in user_error(lock.main, *flags, key)
         (folder / name).write_bytes(content)
     assert not (tmp_path / "out").exists()
@@ -240,12 +251,15 @@ def test_an_unlock_that_was_interrupted_starts_again(sealed, command, user_error
     assert "holds files already" in user_error(lock.main, *flags)
 
 
-def test_a_seal_is_made_once(place, locked, command, tmp_path):
+def test_a_seal_is_made_once(place, locked, command, user_error, tmp_path):
     flags = [*lock_flags(place, locked), "--key-out", tmp_path / "key"]
     command(lock.main, *flags)
     before = (locked / "train_sealed_basic").read_bytes()
     command(lock.main, *flags)
     assert (locked / "train_sealed_basic").read_bytes() == before
+    for path in (locked / "lock_basic.json", *locked.glob("*_image_basic"), *locked.glob("*_label_basic")):
+        path.unlink()
+    assert f"{locked}/train_sealed_basic exists" in user_error(lock.main, *flags)
 
 
 def test_the_first_lock_of_two_keys_is_unlocked(place, locked, command, tmp_path):

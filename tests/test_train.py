@@ -11,6 +11,7 @@ from torch import nn
 
 import runs
 import train
+from augmentation import as_inputs
 from config import CONFIG
 from tests.conftest import config_of, learner_of, new_learner, two_tones
 from utils import PRECISIONS, UserError
@@ -51,6 +52,11 @@ def test_training_and_evaluation_count_right():
     config.augmentation.random_crop = False  # which is for training alone
     step = train.make_step(learner_of(model, lr=0), config)
     assert train.train_epoch(step, images, labels, config) == pytest.approx((expected, 100), abs=1e-6)
+    config.augmentation.normalize, config.dataset = True, "cifar10"
+    normalized = F.cross_entropy(model(as_inputs(images, config)), labels).item()
+    assert normalized < 0.1 * expected
+    assert train.evaluate(model, images, labels, config)[0] == pytest.approx(normalized, abs=1e-6)
+    assert train.train_epoch(step, images, labels, config)[0] == pytest.approx(normalized, abs=1e-6)
 
 
 class Recorder:
