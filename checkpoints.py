@@ -117,9 +117,9 @@ def read_checkpoint(checkpoint, log):
             state = load_whole(path)
             if not CHECKPOINT_KEYS <= state.keys():
                 raise ValueError("not a checkpoint of train.py")
-        except PermissionError:
-            raise
         except Exception as error:  # a damaged file fails in many ways; all mean the same here
+            if not utils.is_damage(error):
+                raise
             damaged = f"{path}: damaged ({utils.first_line(error)})"
             log(f"{damaged}; looking for the one before")
             continue
@@ -145,6 +145,8 @@ def load_pretrained(model, path):
         weights = content.get("model", content)
         shapes = {name: value.shape for name, value in weights.items()}
     except Exception as error:  # a damaged or foreign file fails in many ways; all mean the same here
+        if not utils.is_damage(error):
+            raise
         raise UserError(f"pretrained: {path}: not a file of weights, or damaged ({utils.first_line(error)})") from error
     own = model.state_dict()
     if shapes.keys() != own.keys():

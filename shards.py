@@ -207,9 +207,9 @@ def read_shard(paths, split, start):
     try:
         shard = utils.load_whole(path)
         return shard if shard["of"] == path.name else None
-    except PermissionError:
-        raise
-    except Exception:  # absent, or damaged, which fails in many ways; all mean the same: this batch is to be locked
+    except Exception as error:  # absent, or damaged, which fails in many ways: this batch is to be locked
+        if not utils.is_damage(error):
+            raise
         return None
 
 

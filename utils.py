@@ -114,6 +114,13 @@ def memory_is_full(error):
     return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
+def is_damage(error):
+    """Whether an error in reading a file says that it is absent or damaged, and not that nobody can tell just now."""
+    if isinstance(error, OSError):  # what reads an archive that was cut short may seek to where there is nothing
+        return error.errno in (None, errno.EINVAL, errno.ENOENT)
+    return not memory_is_full(error)
+
+
 def quiet_excepthook(args):
     """Say nothing of an OSError in a thread: TensorBoard's writer raises it again in the main thread."""
     if not issubclass(args.exc_type, OSError):

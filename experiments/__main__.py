@@ -210,7 +210,8 @@ def settings_of(result):
     config = {
         key: value
         for key, value in flatten(result["config"]).items()
-        if key != "seed" and (key not in free or (key == "locked_train_image" and not result["lock"]))
+        if key not in ("seed", "dataset")  # cifar and cifar10 are one
+        if key not in free or (key == "locked_train_image" and not result["lock"])
         if value != defaults.get(key)  # a run that is older than a key has none
     }
     return config | flatten({"lock": result["lock"]["settings"]} if result["lock"] else {})
@@ -295,9 +296,10 @@ def training_of(result):
     """What a training was, but for its lock, seed and precision, and for what has no control of its own."""
     free = FREE_ON_RESUME | {"seed", "precision", *VARIANTS["cutout"], *VARIANTS["mixup"], *VARIANTS["cutmix"]}
     config, lock = flatten(CONFIG) | flatten(result["config"]), result["lock"]
-    originals = lock["settings"]["original_sha256"]["train"] if lock else config["orig_data_path"]
-    training = {key: value for key, value in config.items() if key not in free}
-    return training | {"dataset": result["dataset"], "originals": originals}
+    training = {key: value for key, value in config.items() if key not in free} | {"dataset": result["dataset"]}
+    if lock:
+        return training | flatten({"original_sha256": lock["settings"]["original_sha256"]["train"]})
+    return training | {"orig_data_path": config["orig_data_path"]}
 
 
 def control_of(result, groups):
@@ -308,7 +310,7 @@ def control_of(result, groups):
 
 
 def plot(groups, path):
-    """Write a picture of the curves: a panel for each model, variant and lock, a colour for each method, and in grey
+    """Write a picture of the curves: a panel for each model, training and lock, a colour for each method, and in grey
     what a control of that training, if there is one, comes to on original images. Other controls have panels, too.
 
     A line is the mean of the seeds, and the band around it goes from the least to the largest.
@@ -316,9 +318,10 @@ def plot(groups, path):
     panels, used = {}, [control[0]["training"] for group in groups if (control := control_of(group[0], groups))]
     for group in groups:
         if group[0]["training"] not in used:
-            title = "\n".join(wrap("{architecture} on {dataset}, {label}".format(**group[0]), 52))
-            panel = f"{title}\nlock: {group[0]['lock_name']}", group[0]["epochs"]
-            panels.setdefault(panel, []).append(group)
+            title = "{architecture} on {dataset}, {label}".format(**group[0]), group[0]["lock_name"], group[0]["epochs"]
+            panels.setdefault((title, json.dumps(group[0]["training"], default=str)), []).append(group)
+    trainings = [members[0][0]["training"] for members in panels.values()]
+    differences = tell_apart([title for title, _ in panels], trainings)
     methods = dict.fromkeys(group[0]["method"] for members in panels.values() for group in members)
     colors = {method: f"C{index}" for index, method in enumerate(methods)}
     columns = min(len(panels), 4)
@@ -329,8 +332,9 @@ def plot(groups, path):
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     lines = {}
-    for axis, ((title, epochs), members) in zip(axes.flat, panels.items()):
-        axis.set_title(title, fontsize="small", parse_math=False)
+    for axis, ((name, lock, epochs), _), difference, members in zip(axes.flat, panels, differences, panels.values()):
+        title = "\n".join(wrap(", ".join(filter(None, [name, difference])), 52))
+        axis.set_title(f"{title}\nlock: {lock}", fontsize="small", parse_math=False)
         axis.set(xlabel=f"epoch, of {epochs}", ylim=(0, 100))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         control = control_of(members[0][0], groups)

@@ -180,6 +180,8 @@ def read_checkpoint(path):
         state = {key.removeprefix("module."): value for key, value in state.items()}
         finite = all_finite(state)
     except Exception as error:  # a damaged or foreign file fails in many ways; all mean the same here
+        if not utils.is_damage(error):
+            raise
         raise UserError(f"{path}: not a checkpoint of robustness, or damaged ({utils.first_line(error)})") from error
     if not finite:
         raise UserError(f"{path}: the weights hold NaN or infinity; train the base classifier again")

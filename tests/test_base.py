@@ -49,7 +49,7 @@ def checkpoint(tmp_path):
     return save
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "preresnet8"])
+@pytest.mark.parametrize("arch", ["resnet18", "preresnet8", "vgg11"])
 @pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}], ids=["today", "torch 1.1"])
 def test_robustness_checkpoint(checkpoint, arch, options):
     model, path = checkpoint(arch, **options)
@@ -134,6 +134,17 @@ def test_ctrl_c_ends_robustness_loop():
         _model_loop(args, "val", Batches(split, cpu, 4), model, None, 0, False, None)
 
 
+def test_ctrl_c_ends_a_training(tmp_path, command, monkeypatch):
+    def interrupted(logits, labels):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(base, "accuracies", interrupted)
+    with pytest.raises(SystemExit) as exit:
+        command(base.train, "--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--out-dir", tmp_path,
+                "--exp-name", "x", "--epochs", 1)  # fmt: skip
+    assert exit.value.code == 130
+
+
 def test_nothing_in_a_checkpoint_runs(tmp_path):
     torch.save({"model": {}, "epoch": Malicious()}, tmp_path / "checkpoint", pickle_module=dill)
     with pytest.raises(UserError, match="not a checkpoint of robustness"):
@@ -213,11 +224,32 @@ def test_a_classifier_in_an_older_form(tmp_path):
     assert load_base(tmp_path / "old", "preresnet8", "digits").state_dict().keys() == state.keys()
 
 
+def test_expressions_that_robustness_takes():
+    args = Namespace(eps="8/255", attack_lr="1e-1", custom_lr_multiplier="cyclic")
+    args.custom_eps_multiplier = "[(0, 0), (5, 1)]"
+    base.check_expressions(args)
+    assert (float(args.eps), float(args.attack_lr), args.custom_lr_multiplier) == (8 / 255, 0.1, "cyclic")
+    assert args.custom_eps_multiplier == "[(0.0, 0.0), (5.0, 1.0)]"
+
+
 def test_a_better_adversarial_accuracy_is_kept(checkpoint, tmp_path):
     _, path = checkpoint()
     torch.save({**torch.load(path), "adv_prec1": 40.0}, path)
     args = Namespace(out_dir=tmp_path.parent, exp_name=tmp_path.name, adv_train=1, resume="none")
     assert base.keep_best(args, 30.0) == 40.0
+
+
+def test_what_a_training_came_to(checkpoint, tmp_path, capsys):
+    _, path = checkpoint()
+    torch.save({**torch.load(path), "adv_prec1": 40.0}, path)
+    for adversarial, said in {0: "94.00 % on the test set", 1: "40.00 % on the attacked test set"}.items():
+        base.report(Namespace(path=tmp_path), adversarial, None)
+        assert f"{said} after epoch 3" in capsys.readouterr().out
+    path.unlink()
+    base.report(Namespace(path=tmp_path), 0, {"epoch": 3})
+    assert "No epoch was better" in capsys.readouterr().out
+    with pytest.raises(UserError, match="nothing was classified right"):
+        base.report(Namespace(path=tmp_path), 0, None)
 
 
 def test_a_folder_is_written_to_by_one_training(tmp_path, user_error):

@@ -1,6 +1,8 @@
 """The checkpoints of a training run: what they keep, the order in which they are written, and what is refused."""
 
+import errno
 import json
+import os
 import threading
 from functools import partial
 
@@ -78,7 +80,14 @@ def test_a_checkpoint_of_something_else(tmp_path):
         checkpoints.read_checkpoint(tmp_path / "ckpt.pth.tar", log=print)
 
 
-def test_a_checkpoint_that_may_not_be_read_is_not_damaged(tmp_path, monkeypatch):
+def test_a_run_goes_on_from_the_checkpoint_before_alone(tmp_path):
+    path = tmp_path / "ckpt.pth.tar"
+    torch.save(dict.fromkeys(checkpoints.CHECKPOINT_KEYS, 1), checkpoints.previous(path))
+    assert checkpoints.is_begun(path) and checkpoints.read_checkpoint(path, log=print)["epoch"] == 1
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_a_checkpoint_that_cannot_be_read_is_not_damaged(tmp_path, monkeypatch, number):
     """Nor is it deleted for the one before it."""
     path = tmp_path / "ckpt.pth.tar"
     for each in (path, checkpoints.previous(path)):
@@ -87,11 +96,11 @@ def test_a_checkpoint_that_may_not_be_read_is_not_damaged(tmp_path, monkeypatch)
 
     def denied(file):
         if file == path:
-            raise PermissionError(13, "Permission denied", str(file))
+            raise OSError(number, os.strerror(number), str(file))
         return load(file)
 
     monkeypatch.setattr(checkpoints, "load_whole", denied)
-    with pytest.raises(PermissionError, match="ckpt.pth.tar"):
+    with pytest.raises(OSError, match="ckpt.pth.tar"):
         checkpoints.read_checkpoint(path, log=print)
     assert path.exists()
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -106,9 +108,10 @@ def test_train_and_resume(place, command, monkeypatch, capsys):
     assert [start["from_epoch"] for start in result.pop("made_with")] == [1]
     assert result_of_resumed == result
     for folder in (whole, resumed):
-        for name in ("locked", "original"):
+        for name, key in {"locked": "locked_acc", "original": "orig_acc"}.items():
             events = EventAccumulator(str(folder / name)).Reload().Scalars("accuracy/test")
             assert [event.step for event in events] == [1, 3, 4]
+            assert [event.value for event in events] == pytest.approx([record[key] for record in result["history"]])
     events = EventAccumulator(str(resumed)).Reload()
     assert events.Scalars("loss/train")[-1].step == 4
     assert events.Scalars("final/orig_acc")[0].value == pytest.approx(result["orig_acc"])
@@ -158,7 +161,9 @@ def test_each_method_and_seed_has_its_own_folder(place, command):
 
 
 def test_resume_where_nothing_was_started_starts(place, command, capsys):
-    command(train.main, "--work-path", place / "preresnet8", "--epochs", 1, "--seed", 8, "--resume", "--use_gpu", False)
+    flags = ["--use_gpu", False, "--ckpt_path", "checkpoints"]
+    command(train.main, "--work-path", place / "preresnet8", "--epochs", 1, "--seed", 8, "--resume", *flags)
+    assert (place / "preresnet8" / "basic" / "seed8" / "checkpoints" / "ckpt.pth.tar").exists()
     out = capsys.readouterr().out
     assert "nothing to resume" in out and "no GPU was found" not in out  # none was looked for
 
@@ -315,7 +320,14 @@ def test_a_base_classifier_is_evaluated_alone(place, command, capsys, monkeypatc
             "--eps", 1, "--attack-lr", 1, "--attack-steps", 1)  # fmt: skip
     accuracy = base.read_checkpoint(best)["nat_prec1"]
     out = capsys.readouterr().out
-    assert f"accuracy {accuracy:.2f} % on the test set, loss " in out and "on the attacked test set, loss " in out
+    assert f"accuracy {accuracy:.2f} % on the test set, loss " in out
+    assert float(re.search("accuracy (.*) % on the attacked test set, loss ", out)[1]) < accuracy
+    shutil.copy(best, tmp_path / "evaluated")
+    for name in (["--exp-name", "evaluated"], []):  # a folder that holds a classifier, and a new one
+        command(base.train, "--dataset", "digits", "--arch", "preresnet8", "--out-dir", tmp_path, "--eval-only", 1,
+                "--resume", best, *name)  # fmt: skip
+        out = capsys.readouterr().out
+        assert f"accuracy {accuracy:.2f} % on the test set, loss " in out and "attacked" not in out
 
 
 def test_mistakes_in_the_base_classifier(place, user_error, tmp_path):
@@ -326,6 +338,8 @@ def test_mistakes_in_the_base_classifier(place, user_error, tmp_path):
     (tmp_path / "base").mkdir()
     shutil.copy(resume[1], tmp_path / "base")  # without a best one, it is still a classifier
     assert "holds a classifier already" in user_error(base.train, *flags, "--out-dir", tmp_path)
+    line = user_error(base.train, *flags, "--out-dir", tmp_path, *resume, "--resume-optimizer", 1)  # with another one
+    assert "holds a classifier already" in line
     adversarial = ["--adv-train", 1, "--constraint", 2, "--eps", 1, "--attack-lr", 1]
     line = user_error(base.train, *flags, *resume, "--resume-optimizer", 1, *adversarial)
     assert f"{resume[1]}: was trained with another --adv-train" in line
@@ -388,7 +402,9 @@ def test_help(command, capsys, main):
 
 @pytest.mark.parametrize("script", ["lock.py", "train.py", "-m models.base", "-m experiments"])
 def test_a_mistake_from_the_shell(script):
-    wrong = subprocess.run([sys.executable, *script.split(), "--no-such-flag"], capture_output=True, text=True)
+    env = {key: value for key, value in os.environ.items() if key != "GIT_PYTHON_REFRESH"} | {"PATH": ""}  # without git
+    command = [sys.executable, *script.split(), "--no-such-flag"]
+    wrong = subprocess.run(command, env=env, capture_output=True, text=True)
     assert wrong.returncode == 2 and len(wrong.stderr.strip().splitlines()) == 1
 
 
@@ -454,18 +470,23 @@ def test_a_base_classifier_is_trained_as_its_flags_say(monkeypatch, command, cap
         assert (args.epochs, args.batch_size, args.weight_decay, args.step_lr) == (20, 64, 5e-4, 8)
 
 
-def test_a_base_classifier_goes_on_with_its_weights_and_other_random_numbers(place, command, monkeypatch, tmp_path):
+def test_what_a_base_classifier_is_resumed_with(place, command, monkeypatch, tmp_path):
+    """Its weights; and, with its optimizer and schedule, other random numbers than at first."""
     passed, latest = [], place / "base" / "checkpoint.pt.latest"
     monkeypatch.setattr(base, "report", lambda *args: None)
     monkeypatch.setattr(
         base.robustness_main(), "train_model",
-        lambda args, model, *_, **__: passed.append((torch.initial_seed(), model.state_dict())),
+        lambda args, model, *_, **more: passed.append((torch.initial_seed(), more["checkpoint"], model.state_dict())),
     )  # fmt: skip
-    command(base.train, "--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--out-dir", tmp_path,
-            "--exp-name", "new", "--resume", latest, "--resume-optimizer", 1)  # fmt: skip
-    ((seed, weights),), kept = passed, base.read_checkpoint(latest)
-    assert seed == 23 + kept["epoch"] and weights.keys() == kept["model"].keys()
-    assert all(torch.equal(value, kept["model"][name]) for name, value in weights.items())
+    for on in (1, 0):
+        command(base.train, "--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--out-dir", tmp_path,
+                "--exp-name", on, "--resume", latest, "--resume-optimizer", on)  # fmt: skip
+    kept = base.read_checkpoint(latest)
+    assert [seed for seed, *_ in passed] == [23 + kept["epoch"], 23]
+    assert passed[0][1]["epoch"] == kept["epoch"] and passed[1][1] is None
+    for *_, weights in passed:
+        assert weights.keys() == kept["model"].keys()
+        assert all(torch.equal(value, kept["model"][name]) for name, value in weights.items())
 
 
 def test_the_defaults_are_the_papers(monkeypatch):

@@ -70,7 +70,12 @@ def test_the_table_puts_seeds_together_beside_the_papers_numbers(results, comman
     (tmp_path / "linked" / "runs").symlink_to(results)
     (tmp_path / "linked" / "again").symlink_to(tmp_path)
     command(study.main, "--work-path", tmp_path / "linked", results / "0", "--plot", tmp_path / "curves.png")
-    assert capsys.readouterr().out.splitlines()[2:] == [
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == (
+        "| data set | model | method | variant | lock | epochs | runs | original, % | best original, % | locked, % "
+        "| paper, original / locked |"
+    )
+    assert lines[2:] == [
         "| cifar10 | vgg19 | basic | plain | no manifest | 2 | 2 | 29.00 ± 1.41 | 29.00 ± 0.00 | 93.00 ± 0.00 "
         "| 28.77 / 93.58 |",
         "| cifar10 | vgg19 | basic | plain, batch_size 8 | no manifest | 2 | 2 | 28.00 ± 0.00 | 29.00 ± 0.00 "
@@ -104,6 +109,40 @@ def test_what_is_drawn(results, monkeypatch, tmp_path):
     assert [(line.get_linestyle(), line.get_color(), list(line.get_ydata())) for line in panel.lines] == [
         ("--", "grey", [29, 28]), ("--", "C0", [29, 28]), ("-", "C0", [91, 92])
     ]  # fmt: skip
+    titles = [axis.get_title() for axis in figures[0].axes if axis.get_title()]
+    assert len(titles) == len(set(titles)) == 10  # horiz shares that of basic; the control has none
+    (panel,) = [axis for axis in figures[0].axes if axis.get_title() == "vgg19 on cifar10, plain\nlock: no manifest"]
+    assert [line.get_color() for line in panel.lines] == ["grey", "C0", "C0", "C1", "C1"]
+
+
+def test_other_trainings_have_a_panel_of_their_own(monkeypatch, tmp_path):
+    """Also where no row of the table reads as theirs: of each method there is one."""
+    figures, changes = [], [{}, {"lock_method": "horiz", "config": {"epochs": 2, "seed": 0, "batch_size": 8}}]
+    monkeypatch.setattr(study.Figure, "savefig", lambda figure, path, **_: figures.append(figure))
+    for change in changes:
+        folder = tmp_path / change.get("lock_method", "basic")
+        folder.mkdir()
+        (folder / "result.json").write_text(json.dumps(RESULT | change))
+    study.plot(study.gather([tmp_path]), tmp_path / "curves.png")
+    titles = [axis.get_title().partition("\n")[0] for axis in figures[0].axes]
+    assert titles == ["vgg19 on cifar10, plain, batch_size 128", "vgg19 on cifar10, plain, batch_size 8"]
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ({}, {"seed": 1, "config": {"train_on": "locked"}}),  # a default, written out
+        ({}, {"history": RESULT["history"][:1]}),  # another run of that seed, no copy
+        ({"lock": lock_of()}, {"lock": lock_of(), "seed": 1, "config": {"locked_train_image": "moved"}}),
+        ({}, {"seed": 1, "dataset": "cifar", "config": {"dataset": "cifar"}}),
+    ],
+)
+def test_results_that_belong_together(tmp_path, one, other):
+    for name, change in {"a": one, "b": other}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps({**RESULT, "config": {}} | change))
+    (group,) = study.gather([tmp_path])
+    assert len(group) == 2 and all(result["paper"] and result["label"] == "plain" for result in group)
 
 
 def test_a_line_is_the_mean_of_the_seeds_where_all_were_evaluated():
@@ -295,14 +334,20 @@ def test_a_run_takes_the_gpu_of_one_that_ended(tmp_path, monkeypatch):
         "place, seed = pathlib.Path(sys.argv[2]), sys.argv[-1]\n"
         "while seed == '0' and len(list(place.glob('seed*'))) < 2:\n"
         "    time.sleep(0.01)\n"
+        "(place / 'threads').write_text(os.environ['OMP_NUM_THREADS'])\n"
         "(place / f'seed{seed}').write_text(os.environ['LOCAL_RANK'])\n"
         "print('done')"
     )
     monkeypatch.setattr(study, "TRAIN", script)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     args = SimpleNamespace(work_path=[tmp_path], lock_method=[None], variant=["plain"], seed=[0, 1, 2], jobs=2)
     study.run_all(args, [])
     first, second, third = [(tmp_path / f"seed{seed}").read_text() for seed in args.seed]
     assert second == third and {first, second} == {"0", "1"}
+    assert (tmp_path / "threads").read_text() == str(max(1, torch.get_num_threads() // 2))
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    study.run_all(args, [])
+    assert (tmp_path / "threads").read_text() == "3"
     slots = SimpleQueue()
     slots.put(0)
     with pytest.raises(OSError):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ import shards
 import utils
 from data import to_uint8
 from lockfiles import Paths, load_locked
+from models import base
 from tests.conftest import Malicious, flip_bit
 from utils import UserError, exclusive, load_whole, printable, run_command, sync_folder, write_file
 
@@ -51,6 +53,8 @@ def test_the_originals_list_of_float_batches(pair):
     images, labels, _ = load_locked(*pair([floats[:2], floats[2:4], floats[4:]], list(LABELS.split(2))))
     assert images.dtype == torch.uint8 and torch.equal(images, IMAGES)
     assert torch.equal(labels, LABELS)
+    white, labels, _ = load_locked(*pair([torch.ones(5, 3, 4, 4)], [LABELS.int()]))
+    assert (white == 255).all() and labels.dtype == torch.int64
 
 
 def test_to_uint8_rounds_to_nearest():
@@ -71,6 +75,8 @@ def test_to_uint8_rounds_to_nearest():
         ([IMAGES.float() * torch.nan], [LABELS], r"must lie in \[0, 1\]"),
         ([IMAGES], [LABELS > 2], "expected labels"),
         ([IMAGES / 255 - 0.1], [LABELS], r"must lie in \[0, 1\]"),
+        ([IMAGES / 255 + 0.1], [LABELS], r"must lie in \[0, 1\]"),
+        ([IMAGES], [LABELS[:, None]], "expected labels"),
         ([IMAGES[:, :1]], [LABELS], r"expected images \[N, 3, H, W\]"),
         ([IMAGES.float().div(255).to_sparse()], [LABELS], "not a list of tensors"),
     ],
@@ -123,6 +129,24 @@ def test_nothing_in_a_shard_or_a_checkpoint_runs(tmp_path):
     torch.save({"epoch": Malicious()}, tmp_path / "ckpt.pth.tar")
     with pytest.raises(UserError, match="ckpt.pth.tar: damaged"):
         checkpoints.read_checkpoint(tmp_path / "ckpt.pth.tar", log=print)
+
+
+def test_a_full_memory_is_no_damage(pair, tmp_path, monkeypatch):
+    """Else an intact file would be made again."""
+    paths, locked = Paths(tmp_path, "basic"), pair([IMAGES], [LABELS])
+    reads = [
+        partial(load_locked, *locked),
+        partial(shards.read_shard, paths, "train", 0),
+        partial(checkpoints.read_checkpoint, locked[0], print),
+        partial(checkpoints.load_pretrained, None, locked[0]),
+        partial(base.read_checkpoint, locked[0]),
+    ]
+    monkeypatch.setattr(torch, "load", lambda *args, **options: (_ for _ in ()).throw(MemoryError))
+    paths.partial.mkdir()
+    shutil.copy(locked[0], shards.shard_path(paths, "train", 0))
+    for read in reads:
+        with pytest.raises(MemoryError):
+            read()
 
 
 def test_what_a_message_says_stays_on_its_line():

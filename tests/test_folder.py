@@ -20,6 +20,7 @@ RGB16 = bytes.fromhex(
     "0002b300d3fab702450000000049454e44ae426082"
 )
 COLOURS = torch.randint(256, (9, 12, 3), dtype=torch.uint8).numpy()
+PARTLY_OPAQUE = Image.fromarray(np.dstack([COLOURS, 255 * np.eye(9, 12, dtype=np.uint8)]))
 
 
 def write(root, name, image=None, **options):
@@ -73,6 +74,7 @@ def test_a_jpeg_is_turned_upright(folder):
         (lambda f: write(f, "test/cat/f.gif"), "f.gif: is neither PNG nor JPEG"),
         (lambda f: write(f, "test/cat/f.png", Image.new("I;16", (12, 9))), "f.png: its pixels are I;16"),
         (lambda f: write(f, "test/cat/f.png", Image.new("RGBA", (12, 9))), "f.png: parts of it are transparent"),
+        (lambda f: write(f, "test/cat/f.png", PARTLY_OPAQUE), "f.png: parts of it are transparent"),
         (
             lambda f: write(f, "test/cat/f.png", save_all=True, append_images=[Image.new("RGB", (12, 9))]),
             "f.png: is animated; save one of its frames",

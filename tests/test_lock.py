@@ -169,9 +169,9 @@ def test_report():
     assert not list(lock.weaknesses(shards.summarize({**nine_of_ten, "to_true": torch.zeros(10)}, "basic")))
     strong = {**measured, "T1": torch.ones(4)}
     assert not list(lock.weaknesses(shards.summarize(strong, "basic")))
-    blind = {**strong, "base": torch.zeros(4)}
+    blind = {**strong, "base": torch.tensor([1.0, 0, 0, 0])}
     assert "wrong on most originals" in " ".join(lock.weaknesses(shards.summarize(blind, "basic")))
-    weak = {**strong, "to_true": torch.ones(4)}
+    weak = {**strong, "to_true": torch.tensor([1.0, 1, 0, 0])}
     assert "raise --eps" in " ".join(lock.weaknesses(shards.summarize(weak, "basic")))
     one_misses = {**measured, "T2": torch.ones(4)}
     assert "miss their target" in " ".join(lock.weaknesses(shards.summarize(one_misses, "mixup")))

@@ -121,8 +121,9 @@ def test_files_that_do_not_belong_together(place, user_error, monkeypatch):
 def test_verify(place, locked, command, user_error, capsys):
     command(lock.main, "--verify", locked)
     assert "every file of lock_50_horiz.json, lock_basic.json is as it was locked" in capsys.readouterr().out
-    (locked / "train_label_basic").unlink()
-    assert "not as they were locked: 1, see above" in user_error(lock.main, "--verify", locked)
+    for suffix in ("50_horiz", "basic"):
+        (locked / f"train_label_{suffix}").unlink()
+    assert "not as they were locked: 2, see above" in user_error(lock.main, "--verify", locked)
     (locked / "lock_basic.json").write_text("{}")
     assert "lock_basic.json: not a manifest of lock.py" in user_error(lock.main, "--verify", locked)
     (locked / "lock_basic.json").write_text((place / "lock_basic.json").read_text()[:100])
@@ -140,6 +141,7 @@ def test_verify(place, locked, command, user_error, capsys):
     [
         lambda manifest: manifest.update(files={"../secret": {"sha256": lockfiles.sha256(b"secret")}}),
         lambda manifest: manifest["files"].popitem(),
+        lambda manifest: manifest["files"].update({"../secret": {"sha256": lockfiles.sha256(b"secret")}}),
         lambda manifest: manifest.update(sealed_with="0" * 16),
         lambda manifest: manifest["settings"].update(classes=["../../evil", *"123456789"]),
         lambda manifest: manifest["settings"].pop("subset"),
@@ -364,6 +366,8 @@ def test_an_interrupted_lock_goes_on_and_leaves_the_old_one_whole_until_it_is_do
         command(lock.main, *flags)
     assert exit.value.code == 130
     assert {path: path.read_bytes() for path in before} == before
+    pair = [locked / f"train_{kind}_basic" for kind in ("image", "label")]
+    assert lockfiles.load_locked(*pair)[2]["settings"]["eps"] == 0.5
     command(lock.main, *flags)
     assert sizes[5:] == [40, 16]
     assert not list(locked.glob(".lock_*"))
@@ -517,9 +521,13 @@ def test_what_lock_says(place, locked, command, capsys, tmp_path):
     (locked / ".lock_mixup").mkdir()
     command(lock.main, "--verify", locked)
     assert ".lock_mixup: an interrupted lock" in capsys.readouterr().out
-    command(lock.main, *lock_flags(place, tmp_path / "new"), "--lock-method", "mixup", "--subset", 4)
+    command(lock.main, *lock_flags(place, tmp_path / "new"), "--lock-method", "mixup", "--lambd", 0.3, "--subset", 4)
+    assert manifest_of(tmp_path / "new", "30_mixup")["settings"]["lambd"] == 0.3
     out = capsys.readouterr().out
     assert "the target map T2 sends 9 to itself" in out and "test, 4 images\n  base classifier, on the" in out
+    command(lock.main, *lock_flags(place, tmp_path / "same"), "--subset", 4, "--attack-steps", 0)
+    assert "PSNR infinite" in capsys.readouterr().out
+    command(lock.main, "--verify", tmp_path / "same")
 
 
 def test_a_folder_of_somebody_else_is_not_of_a_lock(tmp_path):

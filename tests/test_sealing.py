@@ -70,6 +70,13 @@ def test_what_is_sealed_says_nothing_of_the_images(pair):
         zlib.decompress(same[sealing.NONCE_BYTES :])
 
 
+def test_a_key_that_cannot_be_used_is_told_before_any_attack(place, user_error, monkeypatch, tmp_path):
+    monkeypatch.setattr(lock, "attack", None)
+    (tmp_path / "key").write_text("x")
+    line = user_error(lock.main, *lock_flags(place, tmp_path / "new"), "--key-out", tmp_path / "key")
+    assert "not a key" in line
+
+
 def test_a_key_among_what_is_handed_out(place, user_error, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for key in ("locked/key", tmp_path / "locked" / "key"):
@@ -269,3 +276,5 @@ def test_the_first_lock_of_two_keys_is_unlocked(place, locked, command, tmp_path
     flags = ["--unlock", "--lock-data", locked, "--orig-data", tmp_path / "out", "--key", tmp_path / "two"]
     command(lock.main, *flags)
     assert len(torch.cat(torch.load(tmp_path / "out" / "train_label_original"))) == 8
+    command(lock.main, *lock_flags(place, locked), "--format", "png")  # without the key, the seal stays
+    command(lock.main, "--verify", locked)

@@ -90,6 +90,7 @@ def test_an_epoch_trains_on_the_training_set_and_tells_the_test_sets_apart():
     assert record["orig_loss"] < 0.7 < record["locked_loss"]
     assert writers["run"].scalars["learning rate", 3] == pytest.approx(0.001)
     assert writers["run"].scalars["loss/train", 3] == record["train_loss"]
+    assert writers["run"].scalars["accuracy/train", 3] == record["train_acc"] >= 50 > record["train_loss"]
     for name, short in {"locked": "locked", "original": "orig"}.items():
         expected = {("accuracy/test", 3): record[f"{short}_acc"], ("loss/test", 3): record[f"{short}_loss"]}
         assert writers[name].scalars == expected
@@ -279,6 +280,13 @@ def test_evaluation_leaves_the_model_as_it_is():
     images, labels = torch.randint(256, (6, 3, 4, 4), dtype=torch.uint8), torch.zeros(6, dtype=int)
     train.evaluate(model, images, labels, float32_config())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_result_of_fewer_epochs_is_not_that_of_a_finished_run(tmp_path):
+    path = tmp_path / "result.json"
+    for content, finished in {'{"epochs": 2}': [False, True, False], "{": [False] * 3, "[]": [False] * 3}.items():
+        path.write_text(content)
+        assert [runs.is_finished(path, epochs) for epochs in (1, 2, 3)] == finished
 
 
 def test_what_a_start_lost_is_not_noted(tmp_path):
