@@ -106,9 +106,9 @@ def load_config(path, overrides):
     if flat is None:
         raise UserError(f"{path}: expected keys and values, like 'epochs: 250'")
     for key in map(str, content):
-        section = key.partition(".")[0]
-        if section in content.keys() - {key}:
-            raise UserError(f"{path}: {key} stands beside the section {section}; put it there")
+        section, dot, _ = key.partition(".")
+        if dot and section in content:
+            raise UserError(f"{path}: {key} stands beside {section}; put it below that")
     for alias, key in ALIASES.items():
         if {alias, key} <= content.keys():
             raise UserError(f"{path}: {alias} and {key} are one key; give one of them")

@@ -30,7 +30,7 @@ from data import DATASETS, SPLITS, to_float, to_uint8
 from graphs import Compiled
 from lockfiles import Paths, sha256
 from methods import METHODS, attacks_of, combine, parameters_of, target_maps
-from models.base import FoldedClassifier, load_classifier
+from models.base import FoldedClassifier, check_size, load_classifier
 from ranks import Ranks
 from utils import COMPILE, PRECISIONS, UserError, number, parse_seed, write_file
 
@@ -178,7 +178,7 @@ def load_inputs(args):
         raise UserError(f"{args.orig_data}: images of one class cannot be sent to another; lock at least two classes")
     device, reason = utils.pick_device()
     classifier = load_classifier(args.resume_path, args.arch, args.dataset, len(classes))
-    utils.check_size(classifier, to_float(splits["train"].images[:1]), f"--arch {args.arch}")
+    check_size(classifier, to_float(splits["train"].images[:1]), args.arch)
     return splits, classifier.to(device), device, reason
 
 

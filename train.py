@@ -341,6 +341,7 @@ def run(args, config, data, manifest, folder, suffix):
     checkpoint = folder / config.ckpt_path / f"{config.ckpt_name}.pth.tar"
     fresh = not (args.resume and is_begun(checkpoint))  # else the weights are those of the checkpoint
     pretrained = load_pretrained(model, config.pretrained) if config.pretrained and fresh else None
+    begun_from = {"pretrained_sha256": sha256(Path(config.pretrained).read_bytes())} if pretrained else {}
     utils.check_size(model, image, config.architecture)
     utils.check_last_batch(model, image, len(data["train"][1]), config.batch_size, "batch_size")
     model.to(device)
@@ -370,7 +371,6 @@ def run(args, config, data, manifest, folder, suffix):
         runs.show_pictures(data, picture, writers["run"])
     data = {name: (images.to(device), labels.to(device)) for name, (images, labels) in data.items()}
     epochs, step = range(done + 1, config.epochs + 1), make_step(learner, config, log)
-    begun_from = {"pretrained_sha256": sha256(Path(config.pretrained).read_bytes())} if pretrained else {}
     made_with = runs.note_start(folder / "made_with.json", epochs, device, **begun_from)
     with background() as start:  # a checkpoint of vgg19 takes about as long to write as an epoch on a GPU
         keep = partial(keep_epoch, start, checkpoint, learner, history=history, config=config, data_hash=data_hash)

@@ -94,7 +94,7 @@ def run_command(main, if_interrupted="nothing more was written"):
 def line_of(error):
     """What to tell the user of an error, on one line; None where it is not of their making, but a bug."""
     if memory_is_full(error):
-        return "the memory is full; take smaller batches"
+        return "the memory is full; take smaller batches, or end what else fills it"
     return printable(error) if isinstance(error, (UserError, OSError)) else None
 
 
@@ -374,10 +374,13 @@ def check_size(model, images, where):
     except (RuntimeError, AssertionError) as error:
         if memory_is_full(error):
             raise
-        size = f"{images.shape[3]}x{images.shape[2]}"
-        raise UserError(
-            f"{where}: does not take images of {size} pixels ({first_line(error)}); choose another, as preresnet20"
-        ) from error
+        raise wrong_size(images, where, first_line(error)) from error
+
+
+def wrong_size(images, where, why):
+    """A UserError for a model that does not take images [N, 3, H, W] of this size."""
+    size = f"{images.shape[3]}x{images.shape[2]}"
+    return UserError(f"{where}: does not take images of {size} pixels ({why}); choose another, as preresnet20")
 
 
 def check_last_batch(model, image, count, batch_size, where):

@@ -176,9 +176,9 @@ def read_result(path):
         result["paper"] = paper_accuracies(result)
         result["training"] = training_of(result)
         return result
-    except OSError:
-        raise
     except Exception as error:  # a damaged file fails in many ways; all mean the same here
+        if not utils.is_damage(error):
+            raise
         raise UserError(
             f"{path}: not a result of train.py, or damaged; take it away, and train.py --resume writes it again"
         ) from error
@@ -382,6 +382,8 @@ def pictures(groups):
         try:
             rows = image.imread(file)
         except Exception as error:  # a damaged file fails in many ways; all mean the same here
+            if not utils.is_damage(error):
+                raise
             raise UserError(f"{file}: damaged; delete it, and train.py --resume writes it again") from error
         height = len(rows) // 3
         repeated = originals is not None and np.array_equal(originals, rows[:height])

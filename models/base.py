@@ -213,6 +213,13 @@ def load_classifier(path, arch, dataset, num_classes=10):
     return nn.Sequential(model.normalizer, model.model).requires_grad_(False).eval()
 
 
+def check_size(model, images, arch):
+    """Raise UserError where a base classifier does not take images [N, 3, H, W] of this size."""
+    if arch in ROBUSTNESS_MODELS and images.shape[2:] != (32, 32):  # of some others they would look at a part only
+        raise utils.wrong_size(images, f"--arch {arch}", "robustness' own take 32x32")
+    utils.check_size(model, images, f"--arch {arch}")
+
+
 class FoldedClassifier(nn.Module):
     """A classifier of load_classifier, made fast to take gradients of: its logits are the same, but for rounding.
 
@@ -504,7 +511,7 @@ def train():
         checkpoint = read_resumed(args, model)
         torch.manual_seed(args.manual_seed + checkpoint["epoch"])  # or it would draw what the first epoch drew
     image = to_float(test_split.images[:1])
-    utils.check_size(model.model, image, f"--arch {args.arch}")
+    check_size(model.model, image, args.arch)
     if not args.eval_only:
         utils.check_last_batch(model.model, image, len(train_split.labels), args.batch_size, "--batch-size")
     test_batches = Batches(test_split, device, args.batch_size)

@@ -82,6 +82,7 @@ def place(tmp_path_factory):
             patch.setattr(sys, "argv", ["command", *map(str, arguments)])
             main()
 
+        patch.setattr(utils, "commit", lambda: "0" * 40)  # whatever is committed while the tests run
         run(base.train, "--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8",
             "--out-dir", place, "--exp-name", "base", "--epochs", 2, "--precision", "float32")  # fmt: skip
         run(lock.main, *lock_flags(place), "--lock-method", "basic", "horiz")

@@ -199,13 +199,13 @@ def test_photos_are_augmented_by_robustness_amounts(monkeypatch):
     done = []
     for name in ("random_crop", "color_jitter", "random_rotation"):
 
-        def record(images, amount=4, padding=None, name=name):
-            done.append((name, padding or amount))
+        def record(images, *amounts, name=name, **named):
+            done.append((name, *amounts, *named.values()))
             return images
 
         monkeypatch.setattr(base, name, record)
     base.augment_photos(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
-    assert done == [("random_crop", 4), ("color_jitter", 0.25), ("random_rotation", 2)]
+    assert done == [("random_crop",), ("color_jitter", 0.25), ("random_rotation", 2)]
     done.clear()
     base.augment_digits(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
     assert done == [("random_crop", 2), ("random_rotation", 2)]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
+from torchvision.models import mobilenet_v2
 
 import checkpoints
 import train
@@ -151,6 +152,13 @@ def test_a_model_begins_with_pretrained_weights(tmp_path):
             assert line == f"pretrained: {tmp_path / name}" + ", but fc.weight, fc.bias are random" * bool(random)
             for key, value in model.state_dict().items():
                 assert torch.equal(value, before[key] if key in random else given["state_dict"][key])
+
+
+def test_torchvisions_weights_fit(tmp_path):
+    torch.save(mobilenet_v2().state_dict(), tmp_path / "weights")
+    model = train.make_model(config_of(tmp_path, architecture="mobilenet_v2"))
+    line = checkpoints.load_pretrained(model, tmp_path / "weights")
+    assert line.endswith("but classifier.1.weight, classifier.1.bias are random")
 
 
 def test_pretrained_weights_that_cannot_be(tmp_path):

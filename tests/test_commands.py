@@ -4,10 +4,12 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ import data
 import lock
 import lockfiles
 import train
-from config import load_config
+from config import KEYS, load_config
 from experiments import __main__ as study
 from models import base
 from tests.conftest import lock_flags
@@ -115,7 +117,8 @@ def test_train_and_resume(place, command, monkeypatch, capsys):
     events = EventAccumulator(str(resumed)).Reload()
     assert events.Scalars("loss/train")[-1].step == 4
     assert events.Scalars("final/orig_acc")[0].value == pytest.approx(result["orig_acc"])
-    assert "_hparams_/session_start_info" in events.summary_metadata
+    (hparams,) = events.PluginTagToContent("hparams").keys() & {"_hparams_/session_start_info"}
+    assert b"lr_scheduler.base_lr" in events.PluginTagToContent("hparams")[hparams]
     content = (resumed / "result.json").read_bytes()
     (resumed / "images.png").unlink()
     command(train.main, "--work-path", place / "stopped", *TRAIN, "--resume")
@@ -234,6 +237,7 @@ def test_training_goes_on_from_pretrained_weights(place, command, user_error, ca
     assert len(weights) > 10 and all(torch.equal(before[name], after[name]) for name in weights)
     line = user_error(train.main, *run, "--seed", 50, "--overwrite", "--pretrained", place / "none")
     assert "none: no such file" in line and given.exists()
+    command(train.main, *run, "--seed", 50, "--overwrite", "--pretrained", given)  # of the run itself, which is emptied
     given.rename(place / "gone")  # a run that has begun needs it no more
     command(train.main, *trained, "--epochs", 2, "--resume")
     starts = json.loads((given.parents[1] / "seed51" / "result.json").read_text())["made_with"]
@@ -312,7 +316,8 @@ def test_mistakes_in_locking(place, user_error, tmp_path):
 
 
 def test_a_base_classifier_is_evaluated_alone(place, command, capsys, monkeypatch, tmp_path):
-    """Also where git fails in more ways than robustness expects: in another user's clone, or one without a commit."""
+    """In a folder that holds a classifier, too; also where git fails in more ways than robustness expects: in another
+    user's clone, or one without a commit."""
     monkeypatch.setattr("git.Repo", lambda *args, **options: 1 / 0)
     best = place / "base" / "checkpoint.pt.best"
     command(base.train, "--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--out-dir", tmp_path,
@@ -383,36 +388,54 @@ def test_base_classifier_is_resumed(tmp_path, command, step_lr, lr):
     flags += ["--adv-train", 0, "--out-dir", tmp_path, "--exp-name", "base", "--step-lr", step_lr]
     command(base.train, *flags, "--epochs", 1)
     latest, best = folder / "checkpoint.pt.latest", folder / "checkpoint.pt.best"
+    command(base.train, *flags, "--epochs", 1, "--exp-name", "same")
+    weights, same = (torch.load(path)["model"] for path in (latest, tmp_path / "same" / "checkpoint.pt.latest"))
+    assert all(torch.equal(value, same[name]) for name, value in weights.items())
     for of_best, of_latest, epochs, expected in ((101.0, 50.0, 3, 1), (-1.0, -1.0, 4, 4), (0.0, 101.0, 5, 4)):
         torch.save({**torch.load(best), "nat_prec1": of_best}, best)
         torch.save({**torch.load(latest), "nat_prec1": of_latest}, latest)
-        command(base.train, *flags, "--epochs", epochs, "--resume", latest, "--resume-optimizer", 1)
+        command(base.train, *flags, "--epochs", epochs, "--lr", 7, "--resume", latest, "--resume-optimizer", 1)
         assert torch.load(latest)["epoch"] == epochs
         assert torch.load(best)["epoch"] == expected
     assert torch.load(latest)["optimizer"]["param_groups"][0]["lr"] == pytest.approx(lr)
     assert (folder / "store.2.h5").exists()
 
 
+def test_a_base_classifier_is_trained_adversarially(tmp_path, command, monkeypatch):
+    for split in data.SPLITS:
+        lockfiles.write_tree(tmp_path / "photos" / split, data.load_digits(None, split).first(48))
+    monkeypatch.setattr(base, "report", lambda *args: None)  # nothing may be classified right
+    command(base.train, "--dataset", "folder", "--data", tmp_path / "photos", "--arch", "preresnet8", "--epochs", 1,
+            "--out-dir", tmp_path, "--exp-name", "x", "--precision", "bfloat16", "--adv-train", 1, "--constraint", 2,
+            "--eps", 0.5, "--attack-lr", 0.2, "--attack-steps", 2)  # fmt: skip
+    assert "adv_prec1" in base.read_checkpoint(tmp_path / "x" / "checkpoint.pt.latest")
+
+
 @pytest.mark.parametrize("main", [lock.main, train.main, base.train, study.main], ids=lambda main: main.__module__)
 def test_help(command, capsys, main):
     with pytest.raises(SystemExit) as exit:
         command(main, "--help")
-    assert exit.value.code == 0 and capsys.readouterr().out.startswith("usage: command")
+    out = capsys.readouterr().out
+    assert exit.value.code == 0 and out.startswith("usage: command")
+    assert main is not train.main or all(f"--{key} VALUE" in out for key in KEYS)
 
 
 @pytest.mark.parametrize("script", ["lock.py", "train.py", "-m models.base", "-m experiments"])
 def test_a_mistake_from_the_shell(script):
-    env = {key: value for key, value in os.environ.items() if key != "GIT_PYTHON_REFRESH"} | {"PATH": ""}  # without git
+    """One line, also where git is not installed."""
+    env = {key: value for key, value in os.environ.items() if key != "GIT_PYTHON_REFRESH"} | {"PATH": ""}
     command = [sys.executable, *script.split(), "--no-such-flag"]
     wrong = subprocess.run(command, env=env, capture_output=True, text=True)
     assert wrong.returncode == 2 and len(wrong.stderr.strip().splitlines()) == 1
 
 
-def test_the_seed_is_what_a_run_draws_from(place, command, monkeypatch):
-    seeds, make_model = [], train.make_model
+def test_what_a_run_draws_from_and_whether_it_is_compiled(place, command, monkeypatch):
+    """Its seed; and auto asks whether it is on a GPU, and how many images it will train on, each time counted."""
+    seeds, asked, make_model = [], [], train.make_model
+    monkeypatch.setattr(train.utils, "pick_compile", lambda name, *rest: asked.append(rest) or "never")
     monkeypatch.setattr(train, "make_model", lambda *args: seeds.append(torch.initial_seed()) or make_model(*args))
     command(train.main, "--work-path", place / "preresnet8", "--epochs", 1, "--seed", 77)
-    assert seeds == [77]
+    assert seeds == [77] and asked == [(False, 96)]
 
 
 def test_mistakes_in_names_and_labels(place, user_error, tmp_path, locked):
@@ -494,3 +517,29 @@ def test_the_defaults_are_the_papers(monkeypatch):
     args = lock.parse_arguments()
     assert (args.dataset, args.arch, args.lock_method) == ("cifar", "resnet50", ["basic"])
     assert (args.eps, args.attack_lr, args.attack_steps, args.alpha, args.lambd) == (0.5, 0.1, 100, 0.5, 0.5)
+    best = "./logs/checkpoints/dir/resnet50/checkpoint.pt.best"
+    assert (args.orig_data, args.lock_data, args.resume_path) == ("./data/cifar10", "./data", best)
+    for name in ("cifar", "folder"):
+        monkeypatch.setattr(sys, "argv", f"base --dataset {name} --adv-train 0 --arch resnet50 --out-dir o".split())
+        args = base.parse_arguments(base.robustness_main())
+        assert (args.epochs, args.batch_size, args.lr, args.weight_decay, args.step_lr) == (150, 128, 0.1, 5e-4, 50)
+
+
+def test_the_commands_of_the_readmes_are_understood(monkeypatch):
+    """Those that stand at the beginning of a line: their flags, and the config files that they name."""
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(base, "folder_of", lambda args: None)  # whatever lies in logs/
+    parse = {
+        "lock.py": lock.parse_arguments,
+        "train.py": train.parse_arguments,
+        "-m models.base": lambda: base.parse_arguments(base.robustness_main()),
+        "-m experiments": study.parse_arguments,
+    }
+    text = "".join((root / name).read_text() for name in ("README.md", "results/README.md")).replace("\\\n", " ")
+    commands = re.findall(r"^python (lock\.py|train\.py|-m models\.base|-m experiments) (.*)$", text, re.MULTILINE)
+    assert len(commands) > 40
+    for script, flags in commands:
+        if "experiments/digits/alexnet" not in flags:  # which a command before it makes
+            monkeypatch.setattr(sys, "argv", [script, *shlex.split(flags)])
+            parse[script]()

@@ -83,6 +83,8 @@ def test_shipped_configs(path):
     config = load_config(path, {})
     assert config.architecture == path.parent.name
     assert config.augmentation.normalize is False
+    assert config.epochs == {"preresnet8": 10, "densenet100bc": 300}.get(config.architecture, 250)
+    assert Path(config.locked_test_image).parent == Path("data/digits" if config.dataset == "digits" else "data")
     for split in SPLITS:
         for kind in ("image", "label"):
             assert Path(config[f"locked_{split}_{kind}"]).name == f"{split}_{kind}_basic"
@@ -120,7 +122,7 @@ def test_overrides(tmp_path):
             "config.yaml: cannot be read .epochs is given twice .*line 3",
         ),
         (MINIMAL[:-1] + ", optimize: {momentum: 1, momentum: 0}}", "momentum is given twice"),
-        (MINIMAL[:-1] + ", optimize: {momentum: 1}, optimize.momentum: 0}", "optimize.momentum stands beside the sect"),
+        (MINIMAL[:-1] + ", optimize: {momentum: 1}, optimize.momentum: 0}", "optimize.momentum stands beside optimize"),
         (MINIMAL[:-1] + ", data_path: ./b}", "config.yaml: data_path and orig_data_path are one key"),
     ],
 )

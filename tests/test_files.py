@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -141,7 +142,7 @@ def test_a_full_memory_is_no_damage(pair, tmp_path, monkeypatch):
         partial(checkpoints.load_pretrained, None, locked[0]),
         partial(base.read_checkpoint, locked[0]),
     ]
-    monkeypatch.setattr(torch, "load", lambda *args, **options: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr(torch, "load", Mock(side_effect=MemoryError))
     paths.partial.mkdir()
     shutil.copy(locked[0], shards.shard_path(paths, "train", 0))
     for read in reads:
@@ -194,6 +195,10 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
 def test_the_commit_is_that_of_the_code(monkeypatch, tmp_path):
+    for name in [name for name in os.environ if name.startswith("GIT_")]:  # of another repository, where a hook set it
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)  # which may sign, or have hooks
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
     (tmp_path / "utils.py").write_text("committed")
     monkeypatch.setattr(utils, "__file__", str(tmp_path / "utils.py"))
     for words in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -q -m a"):

@@ -1,6 +1,8 @@
 """Images of one's own, in a folder: what is read, what is refused, and the three commands on digits as PNG files."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -173,6 +175,17 @@ def test_the_three_commands_and_back(digits, command, user_error, tmp_path):
     assert json.loads((tmp_path / "basic" / "seed0" / "result.json").read_text()) == result
 
 
+def test_the_script_of_the_readme_scales_images(monkeypatch, tmp_path):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    script = re.search(r'python -c "(\nfrom pathlib.*?)"\n', readme, re.DOTALL)[1]
+    for split in data.SPLITS:
+        write(tmp_path, f"originals/{split}/cat/a.jpg", Image.new("RGB", (90, 70)))
+        (tmp_path / "originals" / split / "cat" / "._a.jpg").touch()
+    monkeypatch.chdir(tmp_path)
+    exec(script, {})
+    assert data.load_folder("photos", "train").images.shape == (1, 3, 64, 64)
+
+
 def test_mistakes_with_a_folder(digits, user_error, monkeypatch, tmp_path):
     flags = ["--dataset", "folder", "--orig-data", digits / "photos", "--arch", "preresnet8",
              "--resume-path", digits / "base" / "checkpoint.pt.best", "--lock-data", tmp_path / "new"]  # fmt: skip
@@ -197,5 +210,5 @@ def test_mistakes_with_a_folder(digits, user_error, monkeypatch, tmp_path):
         assert "what is handed out and the originals in" in line
     line = user_error(base.train, "--dataset", "folder", "--data", digits / "photos", "--adv-train", 0, "--arch",
                       "resnet18", "--out-dir", tmp_path, "--exp-name", "new")  # fmt: skip
-    assert "--arch resnet18: does not take images of 24x20 pixels (" in line
+    assert "--arch resnet18: does not take images of 24x20 pixels (robustness' own take 32x32)" in line
     assert not (tmp_path / "new").exists()

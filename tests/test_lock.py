@@ -148,6 +148,9 @@ def test_a_batch_is_attacked_combined_and_rounded_as_its_flags_say(tmp_path):
     for name, target_map in TARGET_MAPS.items():
         reached = classifier(attacked[name]).argmax(1) == torch.tensor(target_map)[labels]
         assert torch.equal(measured[name], reached.float())
+    targets = torch.stack([torch.tensor(target_map)[labels] for target_map in TARGET_MAPS.values()])
+    for name, values in lock.measure(classifier, images, locked, labels, targets).items():
+        assert torch.equal(measured[name], values.float())
 
 
 def test_report():
@@ -220,6 +223,7 @@ def test_cifar10_is_read_as_its_files_have_it(split, monkeypatch):
     classes = list("abcdefghij")
 
     def cifar10(root, train):
+        assert root == "root"
         return argparse.Namespace(data=pixels["train" if train else "test"].copy(), targets=[3, 9], classes=classes)
 
     monkeypatch.setattr(data, "CIFAR10", cifar10)
@@ -324,6 +328,9 @@ def test_a_lock_computes_in_its_precision_and_compiles_its_batches(place, comman
     made, folded = [], lock.FoldedClassifier
     monkeypatch.setattr(lock, "FoldedClassifier", lambda *args: made.append(args[1]) or folded(*args))
     monkeypatch.setattr(lock, "Compiled", lambda forward, size, say: made.append(size) or forward)
+    measuring, lock_batch = [], lock.lock_batch
+    monkeypatch.setattr(lock, "lock_batch", lambda *args: measuring.append(args[0]) or lock_batch(*args))
     flags = [*lock_flags(place, tmp_path), "--batch-size", 500, "--precision", "bfloat16", "--compile", "always"]
     command(lock.main, *flags)
     assert made == [torch.bfloat16, 96]
+    assert {parameter.dtype for classifier in measuring for parameter in classifier.parameters()} == {torch.float32}

@@ -77,7 +77,7 @@ def test_a_key_that_cannot_be_used_is_told_before_any_attack(place, user_error, 
     assert "not a key" in line
 
 
-def test_a_key_among_what_is_handed_out(place, user_error, monkeypatch, tmp_path):
+def test_a_key_among_what_is_handed_out_is_refused(place, user_error, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for key in ("locked/key", tmp_path / "locked" / "key"):
         assert "that is handed out" in user_error(lock.main, *lock_flags(place, "locked"), "--key-out", key)
@@ -258,7 +258,15 @@ def test_an_unlock_that_was_interrupted_starts_again(sealed, command, user_error
     assert "holds files already" in user_error(lock.main, *flags)
 
 
-def test_a_seal_is_made_once(place, locked, command, user_error, tmp_path):
+def test_a_format_that_is_added_without_the_key_leaves_the_seal(place, locked, command, tmp_path):
+    command(lock.main, *lock_flags(place, locked), "--key-out", tmp_path / "key")
+    command(lock.main, *lock_flags(place, locked), "--format", "png")
+    command(lock.main, "--verify", locked)
+    assert json.loads((locked / "lock_basic.json").read_text())["sealed_with"]
+    assert (locked / "train_sealed_basic").exists()
+
+
+def test_a_seal_is_made_once_and_never_replaced(place, locked, command, user_error, tmp_path):
     flags = [*lock_flags(place, locked), "--key-out", tmp_path / "key"]
     command(lock.main, *flags)
     before = (locked / "train_sealed_basic").read_bytes()
@@ -276,5 +284,3 @@ def test_the_first_lock_of_two_keys_is_unlocked(place, locked, command, tmp_path
     flags = ["--unlock", "--lock-data", locked, "--orig-data", tmp_path / "out", "--key", tmp_path / "two"]
     command(lock.main, *flags)
     assert len(torch.cat(torch.load(tmp_path / "out" / "train_label_original"))) == 8
-    command(lock.main, *lock_flags(place, locked), "--format", "png")  # without the key, the seal stays
-    command(lock.main, "--verify", locked)

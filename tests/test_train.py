@@ -90,7 +90,8 @@ def test_an_epoch_trains_on_the_training_set_and_tells_the_test_sets_apart():
     assert record["orig_loss"] < 0.7 < record["locked_loss"]
     assert writers["run"].scalars["learning rate", 3] == pytest.approx(0.001)
     assert writers["run"].scalars["loss/train", 3] == record["train_loss"]
-    assert writers["run"].scalars["accuracy/train", 3] == record["train_acc"] >= 50 > record["train_loss"]
+    assert writers["run"].scalars["accuracy/train", 3] == record["train_acc"]
+    assert record["train_loss"] < 1 < record["train_acc"]
     for name, short in {"locked": "locked", "original": "orig"}.items():
         expected = {("accuracy/test", 3): record[f"{short}_acc"], ("loss/test", 3): record[f"{short}_loss"]}
         assert writers[name].scalars == expected
