@@ -16,7 +16,7 @@ from torchvision.utils import make_grid, save_image
 
 import utils
 from checkpoints import best_of, best_record
-from config import FREE_ON_RESUME
+from config import CONFIG, FREE_ON_RESUME
 from data import to_float
 from lockfiles import parse_suffix
 from utils import UserError, flatten, printable, write_file
@@ -145,6 +145,21 @@ def is_finished(path, epochs):
         return json.loads(path.read_text())["epochs"] == epochs
     except (OSError, ValueError, KeyError, TypeError):  # absent, or damaged
         return False
+
+
+def finished_result(path, config, manifest):
+    """The content of a result.json, if it is that of this config, to the end, on the lock of this manifest, or None.
+
+    Without a manifest nobody can tell what the lock was.
+    """
+    if not manifest or not is_finished(path, config.epochs):
+        return None
+    result = json.loads(path.read_text())
+    before, now = flatten(CONFIG) | flatten(result.get("config", {})), flatten(config)
+    free = FREE_ON_RESUME | ({"precision"} if config.precision == "auto" else set())
+    same = all(before[key] == value for key, value in now.items() if key not in free)
+    lock = result.get("lock") or {}
+    return result if same and lock.get("settings") == manifest["settings"] else None
 
 
 def add_hparams(writer, config, result):

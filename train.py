@@ -332,14 +332,18 @@ def start_or_resume(resume, model, config, folder, checkpoint, data_hash, log):
 
 def run(args, config, data, manifest, folder, suffix):
     """Train in a folder, from the start or from the last whole checkpoint; writes all that a run leaves behind."""
+    checkpoint = folder / config.ckpt_path / f"{config.ckpt_name}.pth.tar"
+    fresh = not (args.resume and is_begun(checkpoint))  # else the weights are those of the checkpoint
+    result = runs.finished_result(folder / "result.json", config, manifest) if args.resume and fresh else None
+    if result:  # somebody has deleted the checkpoints, of which it has no more need
+        print(runs.outcome(result))
+        return
     data_hash = fingerprint(data)  # as the files hold them: another CPU may round differently in preprocessing them
     data = {name: (preprocess(images, config), labels) for name, (images, labels) in data.items()}
     device, reason = utils.pick_device(config.use_gpu)
     torch.manual_seed(config.seed)
     torch.backends.cudnn.benchmark = True
     model, image = make_model(config), as_inputs(data["original"][0][:1], config)
-    checkpoint = folder / config.ckpt_path / f"{config.ckpt_name}.pth.tar"
-    fresh = not (args.resume and is_begun(checkpoint))  # else the weights are those of the checkpoint
     pretrained = load_pretrained(model, config.pretrained) if config.pretrained and fresh else None
     begun_from = {"pretrained_sha256": sha256(Path(config.pretrained).read_bytes())} if pretrained else {}
     utils.check_size(model, image, config.architecture)

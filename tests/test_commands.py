@@ -171,13 +171,20 @@ def test_resume_where_nothing_was_started_starts(place, command, capsys):
     assert "nothing to resume" in out and "no GPU was found" not in out  # none was looked for
 
 
-def test_a_run_whose_checkpoint_is_gone_is_not_started_again(place, command, user_error):
+def test_a_run_whose_checkpoint_is_gone_is_not_started_again(place, locked, command, user_error, capsys, tmp_path):
+    (locked / "lock_basic.json").unlink()  # what was locked, nobody can tell then
     run = ["--work-path", place / "preresnet8", "--epochs", 1, "--seed", 7]
     command(train.main, *run)
     folder = place / "preresnet8" / "basic" / "seed7"
     result = (folder / "result.json").read_bytes()
-    line = user_error(train.main, *run, "--resume", "--ckpt_name", "other")
-    assert f"{folder}/result.json, but no {folder}/other.pth.tar" in line
+    told = capsys.readouterr().out.splitlines()[-1]
+    gone = ["--resume", "--ckpt_name", "other"]
+    command(lock.main, *lock_flags(place, tmp_path), "--format", "tensor", "png")  # the same lock, but more files of it
+    command(train.main, *run, *gone, "--lock-data", tmp_path)
+    assert capsys.readouterr().out.splitlines()[-1] == told  # there was nothing left to do
+    for other in (["--epochs", 2], ["--batch_size", 9], ["--lock-data", locked]):
+        line = user_error(train.main, *run, *gone, *other)
+        assert f"{folder}/result.json, but no {folder}/other.pth.tar" in line
     assert (folder / "result.json").read_bytes() == result
     (folder / "result.json").rename(folder / "kept")
     assert f"{folder}/ckpt" in user_error(train.main, *run, "--resume", "--ckpt_name", "other")
