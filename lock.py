@@ -198,6 +198,7 @@ def lock_dataset(args, ranks):
     hashes = shards.hash_originals(splits)
     settings = {method: shards.settings_of(method, classes, hashes, maps, base_sha256, args) for method in locks}
     ranks.on_rank0(check_alike, ranks.gather(settings))
+    ranks.on_rank0(shards.check_apart, locks, args)  # before the folder is made
     with ExitStack() as stack:
         ranks.on_rank0(stack.enter_context, utils.exclusive(args.lock_data))
         manifests = ranks.on_rank0(shards.prepare, locks, settings, args)

@@ -147,19 +147,15 @@ def is_finished(path, epochs):
         return False
 
 
-def finished_result(path, config, manifest):
-    """The content of a result.json, if it is that of this config, to the end, on the lock of this manifest, or None.
-
-    Without a manifest nobody can tell what the lock was.
-    """
-    if not manifest or not is_finished(path, config.epochs):
+def finished_result(path, config, data_hash):
+    """The content of a result.json, if it is that of this config, to the end, on the data of this hash, or None."""
+    if not is_finished(path, config.epochs):
         return None
     result = json.loads(path.read_text())
     before, now = flatten(CONFIG) | flatten(result.get("config", {})), flatten(config)
     free = FREE_ON_RESUME | ({"precision"} if config.precision == "auto" else set())
     same = all(before[key] == value for key, value in now.items() if key not in free)
-    lock = result.get("lock") or {}
-    return result if same and lock.get("settings") == manifest["settings"] else None
+    return result if same and result.get("data_sha256") == data_hash else None
 
 
 def add_hparams(writer, config, result):

@@ -113,14 +113,9 @@ def check_finished(paths, manifest, key_out):
         raise UserError(f"--key-out {key_out}: {paths.manifest} is sealed with another key; name that one")
 
 
-def check_places(locks, args):
-    """Raise UserError where a lock would delete a seal, originals, or what is not of a lock; or lie among originals."""
+def check_apart(locks, args):
+    """Raise UserError where what is handed out and the originals would lie in one another."""
     for paths in locks.values():
-        seal = next((path for path in paths.groups()["sealed"] if path.exists()), None)
-        if seal and args.overwrite and not args.key_out:
-            raise UserError(f"{seal}: --overwrite would delete this seal for good; give --key-out, or take it away")
-        if "png" in args.format and paths.tree.exists() and not paths.has_tree():
-            raise UserError(f"{paths.tree} exists, and is not of a lock; name another folder with --lock-data")
         locked, originals = paths.folder.resolve(), Path(args.orig_data).resolve()
         together = originals in (locked, *locked.parents) or locked in originals.parents
         replaced = paths.tree.resolve() in (originals, *originals.parents)
@@ -129,6 +124,16 @@ def check_places(locks, args):
                 f"--lock-data {args.lock_data}: what is handed out and the originals in {args.orig_data} lie in one "
                 "another; name another folder"
             )
+
+
+def check_places(locks, args):
+    """Raise UserError where a lock would delete a seal, or what is not of a lock."""
+    for paths in locks.values():
+        seal = next((path for path in paths.groups()["sealed"] if path.exists()), None)
+        if seal and args.overwrite and not args.key_out:
+            raise UserError(f"{seal}: --overwrite would delete this seal for good; give --key-out, or take it away")
+        if "png" in args.format and paths.tree.exists() and not paths.has_tree():
+            raise UserError(f"{paths.tree} exists, and is not of a lock; name another folder with --lock-data")
 
 
 def prepare(locks, settings, args):

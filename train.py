@@ -334,11 +334,11 @@ def run(args, config, data, manifest, folder, suffix):
     """Train in a folder, from the start or from the last whole checkpoint; writes all that a run leaves behind."""
     checkpoint = folder / config.ckpt_path / f"{config.ckpt_name}.pth.tar"
     fresh = not (args.resume and is_begun(checkpoint))  # else the weights are those of the checkpoint
-    result = runs.finished_result(folder / "result.json", config, manifest) if args.resume and fresh else None
+    data_hash = fingerprint(data)  # as the files hold them: another CPU may round differently in preprocessing them
+    result = runs.finished_result(folder / "result.json", config, data_hash) if args.resume and fresh else None
     if result:  # somebody has deleted the checkpoints, of which it has no more need
         print(runs.outcome(result))
         return
-    data_hash = fingerprint(data)  # as the files hold them: another CPU may round differently in preprocessing them
     data = {name: (preprocess(images, config), labels) for name, (images, labels) in data.items()}
     device, reason = utils.pick_device(config.use_gpu)
     torch.manual_seed(config.seed)
@@ -350,6 +350,8 @@ def run(args, config, data, manifest, folder, suffix):
     utils.check_last_batch(model, image, len(data["train"][1]), config.batch_size, "batch_size")
     model.to(device)
 
+    if pretrained and args.overwrite and folder.resolve() in Path(config.pretrained).resolve().parents:
+        raise UserError(f"pretrained: {config.pretrained}: --overwrite would delete it; give the run another --name")
     runs.prepare_folder(folder, args)
     log = runs.log_to(folder / "log.txt")
     log(f"{config.architecture} on {suffix}, seed {config.seed}, on {device} ({reason}), in {folder}")
@@ -387,7 +389,8 @@ def run(args, config, data, manifest, folder, suffix):
     for writer in writers.values():
         writer.close()
 
-    content = {**result, "config": config, "made_with": made_with, "history": history, "lock": manifest}
+    content = {**result, "config": config, "data_sha256": data_hash, "made_with": made_with, "history": history}
+    content["lock"] = manifest
     write_file(folder / "result.json", json.dumps(content, indent=1).encode())
     log(f"pictures (originals, locked, ten times the difference): {picture}")
     log(f"curves: tensorboard --logdir {shlex.quote(args.work_path)}")

@@ -172,17 +172,18 @@ def test_resume_where_nothing_was_started_starts(place, command, capsys):
 
 
 def test_a_run_whose_checkpoint_is_gone_is_not_started_again(place, locked, command, user_error, capsys, tmp_path):
-    (locked / "lock_basic.json").unlink()  # what was locked, nobody can tell then
     run = ["--work-path", place / "preresnet8", "--epochs", 1, "--seed", 7]
     command(train.main, *run)
     folder = place / "preresnet8" / "basic" / "seed7"
     result = (folder / "result.json").read_bytes()
     told = capsys.readouterr().out.splitlines()[-1]
     gone = ["--resume", "--ckpt_name", "other"]
-    command(lock.main, *lock_flags(place, tmp_path), "--format", "tensor", "png")  # the same lock, but more files of it
-    command(train.main, *run, *gone, "--lock-data", tmp_path)
-    assert capsys.readouterr().out.splitlines()[-1] == told  # there was nothing left to do
-    for other in (["--epochs", 2], ["--batch_size", 9], ["--lock-data", locked]):
+    for same in ([], ["--lock-data", locked]):
+        command(train.main, *run, *gone, *same)
+        assert capsys.readouterr().out.splitlines() == [told]  # there was nothing left to do
+    command(lock.main, *lock_flags(place, tmp_path / "other"), "--attack-lr", 0.2)
+    lock_data = ["--lock-data", tmp_path / "other"]
+    for other in (["--epochs", 2], ["--batch_size", 9], ["--precision", "float16"], lock_data):
         line = user_error(train.main, *run, *gone, *other)
         assert f"{folder}/result.json, but no {folder}/other.pth.tar" in line
     assert (folder / "result.json").read_bytes() == result
@@ -244,7 +245,8 @@ def test_training_goes_on_from_pretrained_weights(place, command, user_error, ca
     assert len(weights) > 10 and all(torch.equal(before[name], after[name]) for name in weights)
     line = user_error(train.main, *run, "--seed", 50, "--overwrite", "--pretrained", place / "none")
     assert "none: no such file" in line and given.exists()
-    command(train.main, *run, "--seed", 50, "--overwrite", "--pretrained", given)  # of the run itself, which is emptied
+    line = user_error(train.main, *run, "--seed", 50, "--overwrite", "--pretrained", given)  # of the run itself
+    assert f"{given}: --overwrite would delete it" in line and given.exists()
     given.rename(place / "gone")  # a run that has begun needs it no more
     command(train.main, *trained, "--epochs", 2, "--resume")
     starts = json.loads((given.parents[1] / "seed51" / "result.json").read_text())["made_with"]
@@ -294,8 +296,9 @@ def test_mistakes_in_training(place, user_error, command, tmp_path):
     assert "ckpt_path" in user_error(train.main, "--work-path", work, "--ckpt_path", tmp_path)
     assert "--alpha goes with --lock-method" in user_error(train.main, "--work-path", work, "--alpha", 0.3)
     assert "num_classes is 5" in user_error(train.main, "--work-path", work, "--num_classes", 5)
-    alone = ["--architecture", "mobilenet_v2", "--batch_size", 95, "--seed", 10]  # of 96 images
+    alone = ["--architecture", "mobilenet_v2", "--batch_size", 95, "--seed", 9, "--overwrite"]  # of 96 images
     assert "batch_size 95: leaves the last of 96 images" in user_error(train.main, "--work-path", work, *alone)
+    assert checkpoint.exists()
     line = user_error(
         train.main, "--work-path", work, "--locked_train_label", place / "test_label_basic", "--dataset", "cifar10"
     )

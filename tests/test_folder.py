@@ -206,8 +206,10 @@ def test_mistakes_with_a_folder(digits, user_error, monkeypatch, tmp_path):
         assert "what is handed out and the originals in" in line
     with monkeypatch.context() as patch:
         patch.chdir(digits)
-        line = user_error(lock.main, *flags, "--orig-data", "photos", "--lock-data", "photos/new")
-        assert "what is handed out and the originals in" in line
+        for orig in ("photos", "base/../photos"):
+            line = user_error(lock.main, *flags, "--orig-data", orig, "--lock-data", "photos/new")
+            assert "what is handed out and the originals in" in line
+    assert not (digits / "photos" / "new").exists()  # it would be a class
     line = user_error(base.train, "--dataset", "folder", "--data", digits / "photos", "--adv-train", 0, "--arch",
                       "resnet18", "--out-dir", tmp_path, "--exp-name", "new")  # fmt: skip
     assert "--arch resnet18: does not take images of 24x20 pixels (robustness' own take 32x32)" in line

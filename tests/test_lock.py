@@ -118,6 +118,20 @@ def lock_by(method, folder, classifier, images, labels, split, **flags):
     return locked, measured
 
 
+def test_what_is_left_to_do_is_what_rank_0_says(tmp_path):
+    """The others may be on machines that have no shards."""
+    seen, args = [], argparse.Namespace(batch_size=4, attack_steps=1)
+    ranks = argparse.Namespace(rank=1, count=2, say=print, gather=lambda value: None, end_where_any=lambda error: None)
+    ranks.on_rank0 = lambda *_: {4: ["basic"], 8: ["basic"]}
+    images, labels, locks = torch.zeros(12, 3, 8, 8), torch.arange(12), {"basic": lockfiles.Paths(tmp_path, "basic")}
+
+    def lock_batch(images, labels, *rest):
+        seen.append(labels.tolist())
+
+    lock.lock_split(lock_batch, images, labels, "train", locks, args, torch.device("cpu"), ranks)
+    assert seen == [[8, 9, 10, 11]]
+
+
 def test_targets_come_from_labels_on_train_and_from_predictions_on_test(monkeypatch, tmp_path):
     """The classes below are wrong on purpose: labels and predictions never agree."""
     aimed_at = []

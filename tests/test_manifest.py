@@ -352,9 +352,20 @@ def forbid_attacks(monkeypatch):
 
 def test_a_finished_lock_is_not_computed_again(place, locked, command, user_error, monkeypatch, capsys):
     before = {path: path.read_bytes() for path in locked.iterdir()}
+    files = {path: path.stat().st_ino for path in before}
     forbid_attacks(monkeypatch)
     command(lock.main, *lock_flags(place, locked), "--lock-method", "basic", "horiz")
     assert "lock_basic.json: finished already" in capsys.readouterr().out
+    assert {path: path.stat().st_ino for path in before} == files  # nor written again
+    torch.save({**torch.load(place / "base" / "checkpoint.pt.best"), "epoch": 9}, locked.parent / "other")
+    line = user_error(lock.main, *lock_flags(place, locked), "--resume-path", locked.parent / "other")
+    assert "was made with base_sha256 " in line
+    digits = data.DATASETS["digits"]
+    rolled = digits._replace(load=lambda *args: (part := digits.load(*args))._replace(images=part.images.roll(1, 0)))
+    with monkeypatch.context() as patch:
+        patch.setitem(data.DATASETS, "digits", rolled)
+        line = user_error(lock.main, *lock_flags(place, locked), "--key-out", locked.parent / "key")
+    assert "was made with original_sha256.train.images " in line and not (locked.parent / "key").exists()
     line = user_error(lock.main, *lock_flags(place, locked), "--attack-steps", 4)
     assert "was made with attack_steps 3, but now it is 4; set that back, name another folder with --lock-data" in line
     (locked / "lock_basic.json").unlink()
@@ -465,6 +476,11 @@ def test_png_files_hold_what_the_tensors_hold(place, locked, command, monkeypatc
     command(train.main, *run, "--seed", 34, "--overwrite", *alone)
     result = json.loads((place / "preresnet8" / "basic" / "seed34" / "result.json").read_text())
     assert list(result["lock"]["files"]) == ["basic/train.sha256", "basic/test.sha256"]
+    path, other = (next((tmp_path / "alone" / "basic" / "test" / label).iterdir()) for label in "34")
+    content = path.read_bytes()
+    path.write_bytes(other.read_bytes())
+    assert f"{path}: absent, or changed" in user_error(train.main, *run, "--seed", 34, "--overwrite", *alone)
+    path.write_bytes(content)
     sealed = ["--format", "png", "--key-out", tmp_path / "key"]  # a seal is added to PNG files alone, too
     command(lock.main, *lock_flags(place), *alone, *sealed)
     command(lock.main, "--verify", tmp_path / "alone")

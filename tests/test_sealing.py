@@ -79,7 +79,7 @@ def test_a_key_that_cannot_be_used_is_told_before_any_attack(place, user_error, 
 
 def test_a_key_among_what_is_handed_out_is_refused(place, user_error, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for key in ("locked/key", tmp_path / "locked" / "key"):
+    for key in ("locked/key", tmp_path / "locked" / "key", f"../{tmp_path.name}/locked/key"):
         assert "that is handed out" in user_error(lock.main, *lock_flags(place, "locked"), "--key-out", key)
 
 
@@ -264,6 +264,12 @@ def test_a_format_that_is_added_without_the_key_leaves_the_seal(place, locked, c
     command(lock.main, "--verify", locked)
     assert json.loads((locked / "lock_basic.json").read_text())["sealed_with"]
     assert (locked / "train_sealed_basic").exists()
+
+
+def test_the_seal_of_any_method_is_kept(sealed, place, user_error):
+    for methods in (["mixup", "basic"], ["basic", "mixup"]):
+        line = user_error(lock.main, *lock_flags(place, sealed[0]), "--overwrite", "--lock-method", *methods)
+        assert "train_sealed_basic: --overwrite would delete this seal" in line
 
 
 def test_a_seal_is_made_once_and_never_replaced(place, locked, command, user_error, tmp_path):
