@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +202,10 @@ def test_mistakes_with_a_folder(digits, user_error, monkeypatch, tmp_path):
         write(tmp_path / "sizes", name, Image.new("RGB", (16, 16)) if name.startswith("test") else None)
     line = user_error(lock.main, *flags, "--orig-data", tmp_path / "sizes")
     assert "1.png: is 16x16 pixels, but" in line
+    line = user_error(lock.main, *flags, "--lock-data", digits)
+    assert "--resume-path" in line and "lies in the folder that is handed out" in line
+    shutil.copy(digits / "base" / "checkpoint.pt.best", tmp_path / "base")
+    flags += ["--resume-path", tmp_path / "base"]
     for inside in ("", "/new", "/.."):
         line = user_error(lock.main, *flags, "--lock-data", f"{digits}/photos{inside}")
         assert "what is handed out and the originals in" in line
