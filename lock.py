@@ -421,7 +421,8 @@ def complete_arguments(args):
         raise UserError("--unlock needs --orig-data: a new folder for the originals")
     args.orig_data = args.orig_data or "./data/cifar10"
     secrets = {"--key-out": args.key_out, "--orig-data": args.unlock and args.orig_data}
-    secrets["--resume-path"] = args.dataset == "folder" and args.resume_path  # others go to ./data, where anything may lie
+    if args.dataset == "folder":  # other data sets are locked into ./data, where anything may lie
+        secrets["--resume-path"] = args.resume_path
     for flag, path in secrets.items():
         if path and Path(args.lock_data).resolve() in [Path(path).resolve(), *Path(path).resolve().parents]:
             raise UserError(f"{flag} {path}: lies in the folder that is handed out; name another place")
