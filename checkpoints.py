@@ -12,7 +12,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 import utils
-from config import CONFIG, FREE_ON_RESUME
+from config import FREE_ON_RESUME, changes
 from utils import UserError, flatten, load_whole, serialize, write_file
 
 
@@ -140,14 +140,10 @@ def load_pretrained(model, path):
     """
     if not Path(path).is_file():
         raise UserError(f"pretrained: {path}: no such file")
-    try:
+    with utils.telling_damage(lambda why: f"pretrained: {path}: not a file of weights, or damaged ({why})"):
         content = load_whole(path)
         weights = content.get("model", content)
         shapes = {name: value.shape for name, value in weights.items()}
-    except Exception as error:  # a damaged or foreign file fails in many ways; all mean the same here
-        if not utils.is_damage(error):
-            raise
-        raise UserError(f"pretrained: {path}: not a file of weights, or damaged ({utils.first_line(error)})") from error
     own = model.state_dict()
     if shapes.keys() != own.keys():
         raise UserError(f"pretrained: {path}: not of this architecture; name a checkpoint of train.py, or a state dict")
@@ -159,10 +155,8 @@ def load_pretrained(model, path):
 def restore(state, learner, config, data_hash):
     """Bring back what a snapshot holds; raises UserError where it is of another run."""
     free = FREE_ON_RESUME | ({"epochs"} if config.lr_scheduler.type == "STEP" else set())
-    before = {**flatten(CONFIG), **json.loads(state["config"])}  # keys that are newer than the run had their defaults
-    for key, now in flatten(config).items():
-        if key not in free and before[key] != now:
-            raise UserError(f"--resume: the run was trained with {key} {before[key]}, but it is {now} now; set it back")
+    for key, (then, now) in changes(json.loads(state["config"]), config, free).items():
+        raise UserError(f"--resume: the run was trained with {key} {then}, but it is {now} now; set it back")
     if state["data"] != data_hash:
         raise UserError("--resume: the run was trained on other data than the files hold now; start with --overwrite")
     if state["epoch"] > config.epochs:

@@ -90,6 +90,15 @@ FREE_ON_RESUME |= {key for key in CONFIG if key.startswith(("locked_", "orig_dat
 ALIASES = {"data_path": "orig_data_path"}  # CIFAR-ZOO's name: ours
 
 
+def changes(before, config, free=FREE_ON_RESUME):
+    """What of a config, but for free keys, is not as a run had it: {key: (then, now)}; before is that of the run, flat.
+
+    A key that is newer than the run had its default.
+    """
+    before = flatten(CONFIG) | before
+    return {key: (before[key], now) for key, now in flatten(config).items() if key not in free and before[key] != now}
+
+
 def load_config(path, overrides):
     """Read a config.yaml over the defaults; overrides maps flat keys ('optimize.momentum') to strings.
 

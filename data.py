@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision.datasets import CIFAR10, ImageFolder
 
-from utils import UserError, first_line
+from utils import UserError, first_line, telling_damage
 
 SPLITS = ("train", "test")
 
@@ -172,22 +172,17 @@ def list_images(folder):
 
 def read_image(file):
     """An image as uint8 [3, H, W], turned upright; raises UserError where it is damaged or more than 8-bit colours."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what Pillow thinks of a file that it can read
-            with Image.open(file, formats=("PNG", "JPEG")) as image:
-                raw = str(image.tile[0][3])  # Pillow's mode for 16-bit colours is RGB too
-                if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA") or ";16" in raw:
-                    raise UserError(f"{file}: its pixels are {raw}; convert it to 8-bit RGB or grey")
-                if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
-                    raise UserError(f"{file}: parts of it are transparent; convert it to RGB")
-                if image.format == "PNG" and image.is_animated:
-                    raise UserError(f"{file}: is animated; save one of its frames in its place")
-                pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file fails in many ways; all mean the same here
-        raise UserError(f"{file}: cannot be read as PNG or JPEG ({first_line(error)})") from error
+    with warnings.catch_warnings(), telling_damage(lambda why: f"{file}: cannot be read as PNG or JPEG ({why})"):
+        warnings.simplefilter("ignore")  # what Pillow thinks of a file that it can read
+        with Image.open(file, formats=("PNG", "JPEG")) as image:
+            raw = str(image.tile[0][3])  # Pillow's mode for 16-bit colours is RGB too
+            if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA") or ";16" in raw:
+                raise UserError(f"{file}: its pixels are {raw}; convert it to 8-bit RGB or grey")
+            if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+                raise UserError(f"{file}: parts of it are transparent; convert it to RGB")
+            if image.format == "PNG" and image.is_animated:
+                raise UserError(f"{file}: is animated; save one of its frames in its place")
+            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

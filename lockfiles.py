@@ -12,7 +12,7 @@ from PIL import Image
 
 from data import SPLITS, check_names, is_plain, read_image, to_uint8
 from methods import METHODS, TARGET_MAPS, parameters_of
-from utils import UserError, discard, first_line, is_damage, naming, serialize, sync_folder
+from utils import UserError, discard, first_line, naming, serialize, sync_folder, telling_damage
 
 # Names of files
 
@@ -259,14 +259,10 @@ def write_tree(folder, part):
 
 def from_bytes(content, path):
     """One tensor, from the bytes of a file that holds a list of tensors; never unpickles anything but tensors."""
-    try:
+    with telling_damage(lambda why: f"{path}: not a list of tensors, or damaged ({why}); lock again"):
         tensor = torch.cat(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
         tensor.numpy()  # what is no ordinary tensor fails here
         return tensor
-    except Exception as error:  # torch.load raises several kinds for a damaged file; all mean the same here
-        if not is_damage(error):
-            raise
-        raise UserError(f"{path}: not a list of tensors, or damaged ({first_line(error)}); lock again") from error
 
 
 def check_tensors(images, labels, image_path, label_path):

@@ -16,7 +16,7 @@ from torchvision.utils import make_grid, save_image
 
 import utils
 from checkpoints import best_of, best_record
-from config import CONFIG, FREE_ON_RESUME
+from config import FREE_ON_RESUME, changes
 from data import to_float
 from lockfiles import parse_suffix
 from utils import UserError, flatten, printable, write_file
@@ -152,10 +152,9 @@ def finished_result(path, config, data_hash):
     if not is_finished(path, config.epochs):
         return None
     result = json.loads(path.read_text())
-    before, now = flatten(CONFIG) | flatten(result.get("config", {})), flatten(config)
     free = FREE_ON_RESUME | ({"precision"} if config.precision == "auto" else set())
-    same = all(before[key] == value for key, value in now.items() if key not in free)
-    return result if same and result.get("data_sha256") == data_hash else None
+    other = result.get("data_sha256") != data_hash or changes(flatten(result.get("config", {})), config, free)
+    return None if other else result
 
 
 def add_hparams(writer, config, result):

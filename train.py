@@ -389,8 +389,14 @@ def run(args, config, data, manifest, folder, suffix):
     for writer in writers.values():
         writer.close()
 
-    content = {**result, "config": config, "data_sha256": data_hash, "made_with": made_with, "history": history}
-    content["lock"] = manifest
+    content = {
+        **result,
+        "config": config,
+        "data_sha256": data_hash,
+        "made_with": made_with,
+        "history": history,
+        "lock": manifest,
+    }
     write_file(folder / "result.json", json.dumps(content, indent=1).encode())
     log(f"pictures (originals, locked, ten times the difference): {picture}")
     log(f"curves: tensorboard --logdir {shlex.quote(args.work_path)}")

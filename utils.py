@@ -121,6 +121,20 @@ def is_damage(error):
     return not memory_is_full(error)
 
 
+@contextmanager
+def telling_damage(tell):
+    """Let an error inside that says that a file is damaged be a UserError with the text of tell(reason).
+
+    A damaged file, or one of another kind, fails in many ways; all mean the same to the user.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not is_damage(error):
+            raise
+        raise UserError(tell(first_line(error))) from error
+
+
 def quiet_excepthook(args):
     """Say nothing of an OSError in a thread: TensorBoard's writer raises it again in the main thread."""
     if not issubclass(args.exc_type, OSError):

@@ -156,7 +156,8 @@ def find_results(folder):
 
 def read_result(path):
     """The content of a result.json, with what a table and a plot need of it; raises UserError where it is damaged."""
-    try:
+    remedy = "take it away, and train.py --resume writes it again"
+    with utils.telling_damage(lambda _: f"{path}: not a result of train.py, or damaged; {remedy}"):
         result = {"name": "", **json.loads(path.read_text()), "folder": path.parent}
         result["dataset"] = canonical_name(result["dataset"])
         result.update({key: float(result[key]) for key in ("locked_acc", "orig_acc")})
@@ -176,12 +177,6 @@ def read_result(path):
         result["paper"] = paper_accuracies(result)
         result["training"] = training_of(result)
         return result
-    except Exception as error:  # a damaged file fails in many ways; all mean the same here
-        if not utils.is_damage(error):
-            raise
-        raise UserError(
-            f"{path}: not a result of train.py, or damaged; take it away, and train.py --resume writes it again"
-        ) from error
 
 
 def gather(folders):
@@ -379,12 +374,8 @@ def pictures(groups):
     locks = list(locks.values())
     differences = tell_apart([name for name, _, _ in locks], [settings for _, settings, _ in locks])
     for (name, _, file), difference in zip(locks, differences):
-        try:
+        with utils.telling_damage(lambda _: f"{file}: damaged; delete it, and train.py --resume writes it again"):
             rows = image.imread(file)
-        except Exception as error:  # a damaged file fails in many ways; all mean the same here
-            if not utils.is_damage(error):
-                raise
-            raise UserError(f"{file}: damaged; delete it, and train.py --resume writes it again") from error
         height = len(rows) // 3
         repeated = originals is not None and np.array_equal(originals, rows[:height])
         originals = rows[:height]

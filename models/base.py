@@ -173,16 +173,12 @@ def read_checkpoint(path):
         raise UserError(
             f"{path}: no such checkpoint; train a base classifier with python -m models.base, or name another"
         )
-    try:
+    with utils.telling_damage(lambda why: f"{path}: not a checkpoint of robustness, or damaged ({why})"):
         with torch.serialization.safe_globals(NUMPY_NUMBERS):
             checkpoint = utils.load_whole(path)
         state = checkpoint["model"] if "model" in checkpoint else checkpoint["state_dict"]
         state = {key.removeprefix("module."): value for key, value in state.items()}
         finite = all_finite(state)
-    except Exception as error:  # a damaged or foreign file fails in many ways; all mean the same here
-        if not utils.is_damage(error):
-            raise
-        raise UserError(f"{path}: not a checkpoint of robustness, or damaged ({utils.first_line(error)})") from error
     if not finite:
         raise UserError(f"{path}: the weights hold NaN or infinity; train the base classifier again")
     return {**checkpoint, "model": state}

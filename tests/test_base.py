@@ -75,6 +75,12 @@ def test_normalisation_is_of_the_checkpoint(checkpoint):
     assert load_base(path, "preresnet8", "cifar").normalizer.new_mean.flatten().tolist() == pytest.approx([0.3054] * 3)
 
 
+def test_another_architecture(checkpoint):
+    _, path = checkpoint("resnet18")
+    with pytest.raises(UserError, match="not a checkpoint of --arch resnet50"):
+        load_base(path, "resnet50", "cifar")
+
+
 def test_unknown_architecture_lists_the_known_ones():
     with pytest.raises(UserError, match="--arch: unknown name 'resnet51'; known are .*preresnet20.*resnet50"):
         load_base("anything", "resnet51", "cifar")

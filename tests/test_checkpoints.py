@@ -87,8 +87,8 @@ def test_a_run_goes_on_from_the_checkpoint_before_alone(tmp_path):
     assert checkpoints.is_begun(path) and checkpoints.read_checkpoint(path, log=print)["epoch"] == 1
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
-def test_a_checkpoint_that_cannot_be_read_is_not_damaged(tmp_path, monkeypatch, number):
+@pytest.mark.parametrize("number, kind", [(errno.EACCES, PermissionError), (errno.EIO, OSError)])
+def test_a_checkpoint_that_cannot_be_read_is_not_damaged(tmp_path, monkeypatch, number, kind):
     """Nor is it deleted for the one before it."""
     path = tmp_path / "ckpt.pth.tar"
     for each in (path, checkpoints.previous(path)):
@@ -101,7 +101,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_damaged(tmp_path, monkeypatch, 
         return load(file)
 
     monkeypatch.setattr(checkpoints, "load_whole", denied)
-    with pytest.raises(OSError, match="ckpt.pth.tar"):
+    with pytest.raises(kind, match="ckpt.pth.tar"):
         checkpoints.read_checkpoint(path, log=print)
     assert path.exists()
 

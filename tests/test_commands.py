@@ -117,8 +117,8 @@ def test_train_and_resume(place, command, monkeypatch, capsys):
     events = EventAccumulator(str(resumed)).Reload()
     assert events.Scalars("loss/train")[-1].step == 4
     assert events.Scalars("final/orig_acc")[0].value == pytest.approx(result["orig_acc"])
-    (hparams,) = events.PluginTagToContent("hparams").keys() & {"_hparams_/session_start_info"}
-    assert b"lr_scheduler.base_lr" in events.PluginTagToContent("hparams")[hparams]
+    assert "_hparams_/session_start_info" in events.summary_metadata
+    assert b"lr_scheduler.base_lr" in events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
     content = (resumed / "result.json").read_bytes()
     (resumed / "images.png").unlink()
     command(train.main, "--work-path", place / "stopped", *TRAIN, "--resume")
@@ -237,8 +237,9 @@ def test_training_goes_on_from_pretrained_weights(place, command, user_error, ca
     command(train.main, *run, "--seed", 50)
     given = place / "preresnet8" / "basic" / "seed50" / "ckpt.pth.tar"
     trained = [*run, "--seed", 51, "--pretrained", given, "--lr_scheduler.base_lr", 0]
-    command(train.main, *trained, "--resume")  # from the start, as python -m experiments gives it
-    assert f"pretrained: {given}\n" in capsys.readouterr().out
+    for more in ([], ["--seed", 53, "--resume"]):  # as python -m experiments gives it from the start
+        command(train.main, *trained, *more)
+        assert f"pretrained: {given}\n" in capsys.readouterr().out
     digest = hashlib.sha256(given.read_bytes()).hexdigest()
     before, after = (torch.load(given.parents[1] / seed / "ckpt.pth.tar")["model"] for seed in ("seed50", "seed51"))
     weights = [name for name in before if name.endswith((".weight", ".bias"))]
@@ -318,6 +319,7 @@ def test_mistakes_in_locking(place, user_error, tmp_path):
     assert "not a checkpoint of --arch resnet50" in user_error(lock.main, *elsewhere, "--arch", "resnet50")
     assert "unknown name 'resnet49'" in user_error(lock.main, *elsewhere, "--arch", "resnet49")
     assert "CIFAR-10 is not there" in user_error(lock.main, *elsewhere, "--dataset", "cifar", "--orig-data", tmp_path)
+    assert "--alpha" in user_error(lock.main, *elsewhere, "--alpha", 1.5)
     assert "--attack-steps" in user_error(lock.main, *elsewhere, "--attack-steps", 10**401)
     assert "--verify: is empty; give it a value" in user_error(lock.main, "--verify", "")
     assert "--key-out: is empty; give it a value" in user_error(lock.main, *elsewhere, "--key-out=")

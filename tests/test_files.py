@@ -141,7 +141,9 @@ def test_a_full_memory_is_no_damage(pair, tmp_path, monkeypatch):
         partial(checkpoints.read_checkpoint, locked[0], print),
         partial(checkpoints.load_pretrained, None, locked[0]),
         partial(base.read_checkpoint, locked[0]),
+        partial(data.read_image, locked[0]),
     ]
+    monkeypatch.setattr("PIL.Image.open", Mock(side_effect=MemoryError))
     monkeypatch.setattr(torch, "load", Mock(side_effect=MemoryError))
     paths.partial.mkdir()
     shutil.copy(locked[0], shards.shard_path(paths, "train", 0))

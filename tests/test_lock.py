@@ -28,6 +28,7 @@ def test_target_maps():
     t1, t2, t3, t4 = TARGET_MAPS.values()
     digits = ["".join(map(str, target_map)) for target_map in (t1, t2, t3, t4)]
     assert digits == ["8310249675", "4235718069", "6291075348", "3961584702"]
+    assert (t1[0], t1[9], t4[4]) == (8, 5, 5)
     assert [sorted(target_map) for target_map in (t1, t2, t3, t4)] == [list(range(10))] * 4
     fixed = {name: [c for c in range(10) if target_map[c] == c] for name, target_map in TARGET_MAPS.items()}
     assert fixed == {"T1": [], "T2": [9], "T3": [], "T4": [7]}

@@ -183,9 +183,11 @@ def test_verify_names_what_does_not_belong_there(place, locked, command, user_er
     for path, make in wrong.items():
         command(lock.main, "--verify", locked)
         make(path)
-        with pytest.raises(SystemExit):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
             command(lock.main, "--verify", locked)
         out, err = capsys.readouterr()
+        assert exit.value.code == 2 and len(err.strip().splitlines()) == 1
         assert utils.printable(path) in out and "not as they were locked: 1, see above" in err
         path.unlink()
     (locked / "basic" / "test.sha256").write_bytes(b"")

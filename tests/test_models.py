@@ -65,7 +65,7 @@ def test_strides_poolings_and_relus(name):
 @pytest.mark.parametrize("name", ["alexnet", "vgg11", "resnet20", "preresnet8", "densenet100bc", "mobilenet_v2"])
 def test_logits_of_any_size_and_gradients_everywhere(name):
     model = MODELS[name](num_classes=7)
-    for size in (32, 64) if name in ("alexnet", "vgg11") else (8, 32, 64):
+    for size in (32, 48, 64) if name in ("alexnet", "vgg11") else (8, 32, 48, 64):
         assert model(torch.rand(2, 3, size, size)).shape == (2, 7)
     model(torch.rand(2, 3, 32, 32)).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
