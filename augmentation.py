@@ -46,14 +46,14 @@ def color_jitter(images, strength):
     Each of the three is multiplied by a factor from 1 - strength to 1 + strength, one after the other in an order
     that is drawn for all images together.
     """
-    less = [  # what an image is with a factor of 0
+    degenerate = [  # what an image is with a factor of 0, as PIL.ImageEnhance calls it
         torch.zeros_like,
         lambda images: functional.rgb_to_grayscale(images).mean((1, 2, 3), keepdim=True).expand_as(images),
         lambda images: functional.rgb_to_grayscale(images).expand_as(images),
     ]
     for kind in torch.randperm(3).tolist():
         factors = torch.empty(len(images), 1, 1, 1, device=images.device).uniform_(1 - strength, 1 + strength)
-        images = torch.lerp(less[kind](images), images, factors).clamp(0, 1)
+        images = torch.lerp(degenerate[kind](images), images, factors).clamp(0, 1)
     return images
 
 
@@ -136,4 +136,4 @@ def compress(image, quality):
     """An image uint8 [3, H, W] as it is after JPEG of this quality, from 1 to 100."""
     file = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "jpeg", quality=quality)
-    return read_image(file)
+    return read_image("an image in memory", file.getvalue())

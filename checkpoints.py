@@ -12,7 +12,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 import utils
-from config import FREE_ON_RESUME, changes
+from config import changes
 from utils import UserError, flatten, load_whole, serialize, write_file
 
 
@@ -32,19 +32,14 @@ def on_gpu(learner):
 CHECKPOINT_KEYS = {"epoch", *Learner._fields, "history", "config", "data", "rng", "cuda_rng"}
 
 
-def previous(checkpoint):
-    """The path of the checkpoint before the last."""
-    return checkpoint.with_name(checkpoint.name.replace(".pth.tar", "_previous.pth.tar"))
-
-
-def best_of(checkpoint):
-    """The path of the checkpoint that was best on the locked test set."""
-    return checkpoint.with_name(checkpoint.name.replace(".pth.tar", "_best.pth.tar"))
+def beside(checkpoint, kind):
+    """The path of another checkpoint of the run: "previous", the one before the last, or "best" on locked images."""
+    return checkpoint.with_name(checkpoint.name.replace(".pth.tar", f"_{kind}.pth.tar"))
 
 
 def is_begun(checkpoint):
     """Whether a run has a checkpoint that it can go on from."""
-    return checkpoint.exists() or previous(checkpoint).exists()
+    return checkpoint.exists() or beside(checkpoint, "previous").exists()
 
 
 def snapshot(learner, epoch, history, config, data_hash):
@@ -68,9 +63,9 @@ def write_checkpoint(checkpoint, state, is_best):
     """Write a snapshot as the last checkpoint, and as the best one if it is; that of the epoch before is kept too."""
     content = serialize(state)
     if is_best:  # the best first: were it second, a run stopped between the two would never write it
-        write_file(best_of(checkpoint), content)
+        write_file(beside(checkpoint, "best"), content)
     if checkpoint.exists():
-        os.replace(checkpoint, previous(checkpoint))
+        os.replace(checkpoint, beside(checkpoint, "previous"))
     write_file(checkpoint, content)
 
 
@@ -110,7 +105,7 @@ def keep_epoch(start, checkpoint, learner, epoch, record, history, config, data_
 def read_checkpoint(checkpoint, log):
     """The last whole checkpoint, or None where none was written; raises UserError where all of them are damaged."""
     damaged = None
-    for path in (checkpoint, previous(checkpoint)):
+    for path in (checkpoint, beside(checkpoint, "previous")):
         if not path.exists():
             continue
         try:
@@ -154,8 +149,7 @@ def load_pretrained(model, path):
 
 def restore(state, learner, config, data_hash):
     """Bring back what a snapshot holds; raises UserError where it is of another run."""
-    free = FREE_ON_RESUME | ({"epochs"} if config.lr_scheduler.type == "STEP" else set())
-    for key, (then, now) in changes(json.loads(state["config"]), config, free).items():
+    for key, (then, now) in changes(json.loads(state["config"]), config).items():
         raise UserError(f"--resume: the run was trained with {key} {then}, but it is {now} now; set it back")
     if state["data"] != data_hash:
         raise UserError("--resume: the run was trained on other data than the files hold now; start with --overwrite")

@@ -83,18 +83,19 @@ KEYS = {
     "lr_scheduler.upper_bound": Key(3.0, "HTD: where on the tanh it ends"),
 }
 CONFIG = nest({name: key.default for name, key in KEYS.items()})
-# A run may be resumed with other values of these keys: the data are compared themselves, not by their paths. So may
-# epochs, where the schedule is STEP. Any other key would make it a different run.
+# A run may be resumed with other values of these keys: the data are compared themselves, not by their paths.
 FREE_ON_RESUME = {"eval_freq", "test_batch", "use_gpu", "compile", "workers", "input_size"}
 FREE_ON_RESUME |= {key for key in CONFIG if key.startswith(("locked_", "orig_data", "ckpt_"))}
 ALIASES = {"data_path": "orig_data_path"}  # CIFAR-ZOO's name: ours
 
 
-def changes(before, config, free=FREE_ON_RESUME):
-    """What of a config, but for free keys, is not as a run had it: {key: (then, now)}; before is that of the run, flat.
+def changes(before, config):
+    """What makes a config another run than that of a config before, flat, would be resumed as: {key: (then, now)}.
 
     A key that is newer than the run had its default.
     """
+    free_if = {"epochs": config.lr_scheduler.type == "STEP", "precision": config.precision == "auto"}
+    free = FREE_ON_RESUME | {key for key, may in free_if.items() if may}
     before = flatten(CONFIG) | before
     return {key: (before[key], now) for key, now in flatten(config).items() if key not in free and before[key] != now}
 

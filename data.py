@@ -1,5 +1,6 @@
 """Data sets: CIFAR-10, scikit-learn's digits, and folders of images."""
 
+import io
 import itertools
 import os
 import warnings
@@ -123,7 +124,7 @@ def is_plain(name):
 
 
 def check_names(names, classes, where, fold=str):
-    """Raise UserError unless each name, and no other, is that of one PNG file in the folder of a class.
+    """Raise UserError unless the names are those of as many PNG files, each below the folder of a class.
 
     fold maps names that count as one to the same text.
     """
@@ -170,18 +171,22 @@ def list_images(folder):
         raise UserError(f"{folder}: expected a folder of images for each class; {first_line(error)}") from error
 
 
-def read_image(file):
-    """An image as uint8 [3, H, W], turned upright; raises UserError where it is damaged or more than 8-bit colours."""
-    with warnings.catch_warnings(), telling_damage(lambda why: f"{file}: cannot be read as PNG or JPEG ({why})"):
+def read_image(path, content=None):
+    """An image as uint8 [3, H, W], turned upright, of a file, or of its bytes where they have been read already.
+
+    Raises UserError where it is damaged, or more than 8-bit colours.
+    """
+    file = path if content is None else io.BytesIO(content)
+    with warnings.catch_warnings(), telling_damage(lambda why: f"{path}: cannot be read as PNG or JPEG ({why})"):
         warnings.simplefilter("ignore")  # what Pillow thinks of a file that it can read
         with Image.open(file, formats=("PNG", "JPEG")) as image:
             raw = str(image.tile[0][3])  # Pillow's mode for 16-bit colours is RGB too
             if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA") or ";16" in raw:
-                raise UserError(f"{file}: its pixels are {raw}; convert it to 8-bit RGB or grey")
+                raise UserError(f"{path}: its pixels are {raw}; convert it to 8-bit RGB or grey")
             if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
-                raise UserError(f"{file}: parts of it are transparent; convert it to RGB")
+                raise UserError(f"{path}: parts of it are transparent; convert it to RGB")
             if image.format == "PNG" and image.is_animated:
-                raise UserError(f"{file}: is animated; save one of its frames in its place")
+                raise UserError(f"{path}: is animated; save one of its frames in its place")
             pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 

@@ -185,7 +185,6 @@ def load_inputs(args):
 def lock_dataset(args, ranks):
     """Lock both splits of a data set by each of the methods, or what is left of that to do."""
     splits, classifier, device, reason = ranks.everywhere(load_inputs, args)
-    torch.backends.cudnn.benchmark = True
     classes = splits["train"].classes
     locks = {method: Paths(args.lock_data, suffix) for method, suffix in suffixes_of(args).items()}
     chosen = ranks.on_rank0(choose, args, locks, classifier, splits, device)
@@ -386,8 +385,8 @@ def parse_arguments():
     add(
         "--batch-size",
         type=number(int, 1),
-        help="images attacked at once (default: as begun, or of 32x32 pixels 500 on a GPU and 128 on a CPU, "
-        "of larger ones fewer)",
+        help=f"images attacked at once (default: as begun, or of 32x32 pixels {BATCH_SIZES['cuda']} on a GPU and "
+        f"{BATCH_SIZES['cpu']} on a CPU, of larger ones fewer)",
     )
     add("--subset", type=number(int, 1), help="lock only the first SUBSET images of each split")
     add(
@@ -421,7 +420,7 @@ def complete_arguments(args):
         raise UserError("--unlock needs --orig-data: a new folder for the originals")
     args.orig_data = args.orig_data or "./data/cifar10"
     secrets = {"--key-out": args.key_out, "--orig-data": args.unlock and args.orig_data}
-    if args.dataset == "folder":  # other data sets are locked into ./data, where anything may lie
+    if args.dataset == "folder" and not args.unlock:  # other data sets are locked into ./data, where anything may lie
         secrets["--resume-path"] = args.resume_path
     for flag, path in secrets.items():
         if path and Path(args.lock_data).resolve() in [Path(path).resolve(), *Path(path).resolve().parents]:

@@ -205,7 +205,7 @@ def check_files(paths, manifest):
 
 
 def check_tree(paths, manifest):
-    """check_files, for the PNG files, of which there must be no others: who takes the tree would take them too."""
+    """check_files, for the tree of PNG files; one that is not listed is an error too: it would be used as well."""
     known = set(paths.groups()["png"])
     for split in SPLITS:
         try:
@@ -322,8 +322,9 @@ def load_split(paths, split, manifest):
         tensors = [from_bytes(read_checked(paths, manifest, path), path) for path in files]
         images, labels = check_tensors(*tensors, *files)
     else:
-        files, sums = [paths.tree / split, paths.sums(split)], read_sums(paths, split, manifest)
-        images = [read_image(io.BytesIO(read_leaf(paths, split, name, expected))) for name, expected in sums.items()]
+        tree, sums = paths.tree / split, read_sums(paths, split, manifest)
+        files = [tree, paths.sums(split)]
+        images = [read_image(tree / name, read_leaf(paths, split, name, expected)) for name, expected in sums.items()]
         if len({image.shape for image in images}) > 1:
             raise UserError(f"{files[0]}: the images differ in size; lock again")
         classes = manifest["settings"]["classes"]

@@ -15,7 +15,7 @@ from torch.utils.tensorboard.summary import hparams
 from torchvision.utils import make_grid, save_image
 
 import utils
-from checkpoints import best_of, best_record
+from checkpoints import beside, best_record
 from config import FREE_ON_RESUME, changes
 from data import to_float
 from lockfiles import parse_suffix
@@ -39,8 +39,9 @@ def prepare_folder(folder, args):
 
 def check_fresh(folder, checkpoint):
     """Raise UserError where --resume finds no checkpoint, but results, which starting again would overwrite."""
+    alone = beside(checkpoint, "best")  # a run that was stopped in its first epoch may have just this one
     for path in [folder / "result.json", *folder.rglob("*.pth.tar")]:
-        if path.exists() and path != best_of(checkpoint):  # a run stopped in its first epoch may have that one alone
+        if path.exists() and path != alone:
             raise UserError(
                 f"--resume: there is {path}, but no {checkpoint} to go on from; start again with --overwrite"
             )
@@ -139,22 +140,14 @@ def outcome(result):
     ).format(comma_name=result["name"] and f", {result['name']}", **result)
 
 
-def is_finished(path, epochs):
-    """Whether a file is the result.json of a run of so many epochs."""
-    try:
-        return json.loads(path.read_text())["epochs"] == epochs
-    except (OSError, ValueError, KeyError, TypeError):  # absent, or damaged
-        return False
-
-
 def finished_result(path, config, data_hash):
     """The content of a result.json, if it is that of this config, to the end, on the data of this hash, or None."""
-    if not is_finished(path, config.epochs):
+    try:
+        result = json.loads(path.read_text())
+        same = result["epochs"] == config.epochs and result["data_sha256"] == data_hash
+        return result if same and not changes(flatten(result["config"]), config) else None
+    except (OSError, ValueError, KeyError, TypeError):  # absent, damaged, or of older code
         return None
-    result = json.loads(path.read_text())
-    free = FREE_ON_RESUME | ({"precision"} if config.precision == "auto" else set())
-    other = result.get("data_sha256") != data_hash or changes(flatten(result.get("config", {})), config, free)
-    return None if other else result
 
 
 def add_hparams(writer, config, result):

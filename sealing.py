@@ -59,7 +59,7 @@ def fingerprint(key):
 
 
 def seal(original, locked, key, context):
-    """All of a Split, as what its images differ by from the locked ones, compressed and encrypted, as bytes.
+    """A Split as bytes that only the key opens: what its images differ by from the locked ones, and all else of it.
 
     locked uint8 [N, 3, H, W]; context is a text that unseal must be given too. Each call draws new nonces, so its
     bytes are never the same.

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 
-import data
 import lockfiles
 import sealing
 import utils
-from data import SPLITS
+from data import SPLITS, canonical_name
 from lockfiles import Paths, hash_tensor, sha256
 from methods import attacks_of, parameters_of
 from utils import UserError, write_file
@@ -40,7 +39,7 @@ def settings_of(method, classes, hashes, maps, base_sha256, args):
         **{name: getattr(args, name) for name in parameters_of(method)},
         **{name: getattr(args, name) for name in ("eps", "attack_lr", "attack_steps", "batch_size", "manual_seed")},
         **{name: getattr(args, name) for name in ("precision", "compile", "subset")},
-        "dataset": data.canonical_name(args.dataset),
+        "dataset": canonical_name(args.dataset),
         "classes": classes,
         "original_sha256": hashes,
         "arch": args.arch,
@@ -189,7 +188,7 @@ def shard_path(paths, split, start):
 
 
 def missing(locks, split, starts):
-    """Of the batches of a split, by the index of the first image: the methods that lack a whole shard, where any do."""
+    """{start: methods}: the batches of a split, by their first image, for which some methods have no whole shard."""
     lacking = {
         start: [method for method, paths in locks.items() if read_shard(paths, split, start) is None]
         for start in starts

@@ -151,14 +151,12 @@ def load_data(config):
     """
     flags = f" --dataset {config.dataset} --orig-data {config.orig_data_path}, and its --arch and --resume-path"
     original = DATASETS[config.dataset].load(config.orig_data_path, "test")
-    data, manifests = {}, {}
-    for split in SPLITS:
-        files = [config[f"locked_{split}_{kind}"] for kind in ("image", "label")]
-        images, labels, manifests[split] = load_locked(*files, flags)
-        data[f"locked_{split}"] = images, labels
-    data["original"] = original.images, original.labels
-    for name, (images, labels) in data.items():
-        where = config.get(f"{name}_image", config.orig_data_path)
+    files = {split: [config[f"locked_{split}_{kind}"] for kind in ("image", "label")] for split in SPLITS}
+    locked = {split: load_locked(*files[split], flags) for split in SPLITS}
+    manifests = {split: manifest for split, (_, _, manifest) in locked.items()}
+    data = {"train": locked["train"][:2], "locked_test": locked["test"][:2], "original": original[:2]}
+    paths = config.locked_train_image, config.locked_test_image, config.orig_data_path
+    for where, (images, labels) in zip(paths, data.values()):
         if images.shape[1:] != original.images.shape[1:]:
             raise UserError(f"{where}: its images differ in size from those in {config.orig_data_path}")
         if labels.min() < 0 or labels.max() >= config.num_classes:
@@ -174,7 +172,6 @@ def load_data(config):
             check_manifest(manifest, split, manifests["train"], original, config)
     if manifests["test"]:
         check_originals(original, "test", manifests["test"], config)
-    data = {"train": data.pop("locked_train"), **data}
     if config.train_on == "original":
         part = DATASETS[config.dataset].load(config.orig_data_path, "train")
         if manifests["train"]:
@@ -208,7 +205,7 @@ def check_originals(part, split, manifest, config):
             raise UserError(f"{path}: locked from other {name}, or in another order, than {where} has now")
 
 
-def fingerprint(data):
+def hash_data(data):
     """SHA-256 of all the images and labels of load_data, in hexadecimal."""
     digest = hashlib.sha256()
     for images, labels in data.values():
@@ -330,48 +327,53 @@ def start_or_resume(resume, model, config, folder, checkpoint, data_hash, log):
     return learner, 0, []
 
 
-def run(args, config, data, manifest, folder, suffix):
-    """Train in a folder, from the start or from the last whole checkpoint; writes all that a run leaves behind."""
-    checkpoint = folder / config.ckpt_path / f"{config.ckpt_name}.pth.tar"
-    fresh = not (args.resume and is_begun(checkpoint))  # else the weights are those of the checkpoint
-    data_hash = fingerprint(data)  # as the files hold them: another CPU may round differently in preprocessing them
-    result = runs.finished_result(folder / "result.json", config, data_hash) if args.resume and fresh else None
-    if result:  # somebody has deleted the checkpoints, of which it has no more need
-        print(runs.outcome(result))
-        return
-    data = {name: (preprocess(images, config), labels) for name, (images, labels) in data.items()}
-    device, reason = utils.pick_device(config.use_gpu)
-    torch.manual_seed(config.seed)
-    torch.backends.cudnn.benchmark = True
+def build_model(config, data, fresh):
+    """A model on the CPU that takes the images of data, and what to log of its pretrained weights, or None."""
     model, image = make_model(config), as_inputs(data["original"][0][:1], config)
     pretrained = load_pretrained(model, config.pretrained) if config.pretrained and fresh else None
-    begun_from = {"pretrained_sha256": sha256(Path(config.pretrained).read_bytes())} if pretrained else {}
     utils.check_size(model, image, config.architecture)
     utils.check_last_batch(model, image, len(data["train"][1]), config.batch_size, "batch_size")
-    model.to(device)
+    return model, pretrained
 
-    if pretrained and args.overwrite and folder.resolve() in Path(config.pretrained).resolve().parents:
-        raise UserError(f"pretrained: {config.pretrained}: --overwrite would delete it; give the run another --name")
-    runs.prepare_folder(folder, args)
-    log = runs.log_to(folder / "log.txt")
-    log(f"{config.architecture} on {suffix}, seed {config.seed}, on {device} ({reason}), in {folder}")
-    if pretrained:
-        log(pretrained)
+
+def log_data(log, data, manifest):
+    """Log how many images a run has, and what of them is not verified."""
     log("images: " + ", ".join(f"{len(labels)} {name}" for name, (_, labels) in data.items()))
     if manifest is None:
         log("the locked files have no manifest (lock_*.json): what they were made of and from is not verified")
     labels, original_labels = data["locked_test"][1], data["original"][1]
     if not torch.equal(labels, original_labels[: len(labels)]):
         log("warning: the labels of the locked and the original test set differ: another order, or another data set?")
+
+
+def run(args, config, data, manifest, folder, suffix):
+    """Train in a folder, from the start or from the last whole checkpoint; writes all that a run leaves behind."""
+    if args.overwrite and config.pretrained and folder.resolve() in Path(config.pretrained).resolve().parents:
+        raise UserError(f"pretrained: {config.pretrained}: --overwrite would delete it; give the run another --name")
+    checkpoint, picture = folder / config.ckpt_path / f"{config.ckpt_name}.pth.tar", folder / "images.png"
+    fresh = not (args.resume and is_begun(checkpoint))  # else the weights are those of the checkpoint
+    data_hash = hash_data(data)  # as the files hold them: another CPU may round differently in preprocessing them
+    result = runs.finished_result(folder / "result.json", config, data_hash) if args.resume else None
+    if result and (fresh or picture.exists()):  # it has no more need of its checkpoints, which may have been deleted
+        print(runs.outcome(result))
+        return
+    data = {name: (preprocess(images, config), labels) for name, (images, labels) in data.items()}
+    device, reason = utils.pick_device(config.use_gpu)
+    torch.manual_seed(config.seed)
+    model, pretrained = build_model(config, data, fresh)
+    begun_from = {"pretrained_sha256": sha256(Path(config.pretrained).read_bytes())} if pretrained else {}
+    model.to(device)
+
+    runs.prepare_folder(folder, args)
+    log = runs.log_to(folder / "log.txt")
+    log(f"{config.architecture} on {suffix}, seed {config.seed}, on {device} ({reason}), in {folder}")
+    if pretrained:
+        log(pretrained)
+    log_data(log, data, manifest)
     utils.make_folder(checkpoint.parent)
     config.compile = utils.pick_compile(config.compile, device.type == "cuda", config.epochs * len(data["train"][1]))
     learner, done, history = start_or_resume(args.resume, model, config, folder, checkpoint, data_hash, log)
     evaluated = history[-1]["epoch"] if history else 0  # the last epoch that was
-    picture = folder / "images.png"
-    finished = evaluated == config.epochs and runs.is_finished(folder / "result.json", done)
-    if finished and picture.exists():  # nothing is written again
-        log(runs.outcome(runs.summary(config, suffix, args.name, history)))
-        return
     writers = runs.open_writers(folder, done + 1)
     if not done or not picture.exists():
         runs.show_pictures(data, picture, writers["run"])

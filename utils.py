@@ -91,22 +91,16 @@ def run_command(main, if_interrupted="nothing more was written"):
         sys.exit(2)
 
 
-def line_of(error):
-    """What to tell the user of an error, on one line; None where it is not of their making, but a bug."""
-    if memory_is_full(error):
-        return "the memory is full; take smaller batches, or end what else fills it"
-    return printable(error) if isinstance(error, (UserError, OSError)) else None
-
-
 def attempt(function, *args):
-    """(what function(*args) returns, None), or (None, the line_of an error that has one); any other is let out."""
+    """(what function(*args) returns, None), or (None, a line that tells the user of an error); a bug is raised."""
     try:
         return function(*args), None
     except Exception as error:
-        message = line_of(error)
-        if message is None:
-            raise
-        return None, message
+        if memory_is_full(error):
+            return None, "the memory is full; take smaller batches, or end what else fills it"
+        if isinstance(error, (UserError, OSError)):
+            return None, printable(error)
+        raise
 
 
 def memory_is_full(error):
@@ -298,7 +292,7 @@ def nest(flat):
 
 
 def differing(one, other):
-    """The keys of flatten that have another value in one tree than in the other, or are in one alone."""
+    """The keys of flatten whose values differ between two trees; one that is absent counts as None."""
     one, other = flatten(one), flatten(other)
     return [key for key in one | other if one.get(key) != other.get(key)]
 
@@ -309,8 +303,10 @@ def differing(one, other):
 def pick_device(use_gpu=True):
     """The device to compute on, and why, as a pair (torch.device, str); the processes of torchrun share the GPUs.
 
-    From here on, no GPU rounds what it multiplies to TF32: float32 means float32.
+    From here on, no GPU rounds what it multiplies to TF32: float32 means float32. And cuDNN tries which of its
+    algorithms is the fastest, which repays where all batches are alike.
     """
+    torch.backends.cudnn.benchmark = True
     with warnings.catch_warnings():  # torch 2.9 announces another way, which earlier versions do not have
         warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32")
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

@@ -171,7 +171,7 @@ def read_result(path):
             key: {int(record["epoch"]): float(record[key]) for record in result["history"]}
             for key in ("locked_acc", "orig_acc")
         }
-        result["most"] = max(result["curves"]["orig_acc"].values())
+        result["max_orig_acc"] = max(result["curves"]["orig_acc"].values())
         result["images"] = result["lock"] and result["lock"]["report"]["train"]["images"]
         result["lock_name"] = lock_of(result)
         result["paper"] = paper_accuracies(result)
@@ -198,8 +198,8 @@ def gather(folders):
 
 
 def settings_of(result):
-    """All that makes runs different ones: what of their configs, but for the seed, is not as by default, and the
-    settings of their locks, as a flat dict. Locks without a manifest are told apart by their paths."""
+    """What makes a run another one, but for the seed, as a flat dict: the keys of its config that are not as by
+    default, and the settings of its lock; a lock without a manifest is known by its path."""
     free = FREE_ON_RESUME - {"eval_freq"}  # the largest accuracy on the way is one of so many
     defaults = flatten(CONFIG)
     config = {
@@ -213,12 +213,11 @@ def settings_of(result):
 
 
 def tell_apart(names, settings):
-    """For each name, those of its settings, a flat dict, in which it differs from equal names, as text; '' where no
-    other is equal. Hashes, and texts beyond 40 characters, are shown only where nothing less tells them apart."""
-    alike, added = {}, [""] * len(names)
-    for index, name in enumerate(names):
-        alike.setdefault(name, []).append(index)
-    for members in alike.values():
+    """For each name, in which of its settings, a flat dict, it differs from others of that name, as text; '' where it
+    is the only one. Hashes, and more than 40 characters, are shown only where nothing less tells them apart."""
+    added = [""] * len(names)
+    for name in set(names):
+        members = [index for index, other in enumerate(names) if other == name]
         ours = [settings[index] for index in members]
         keys = dict.fromkeys(itertools.chain(*ours))
         differing = [key for key in keys if any(one.get(key) != ours[0].get(key) for one in ours)]
@@ -281,7 +280,7 @@ def table(groups):
         first, paper = group[0], group[0]["paper"]
         cells = [first[key] for key in ("dataset", "architecture", "method", "label", "lock_name", "epochs")]
         cells.append(len(group))
-        cells += [mean_std([result[key] for result in group]) for key in ("orig_acc", "most", "locked_acc")]
+        cells += [mean_std([result[key] for result in group]) for key in ("orig_acc", "max_orig_acc", "locked_acc")]
         cells.append(f"{paper[0]:.2f} / {paper[1]:.2f}" if paper else "")
         lines.append(f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |")
     return "\n".join(lines)
@@ -304,20 +303,32 @@ def control_of(result, groups):
     return next((group for group in groups if result["training"] != wanted == group[0]["training"]), None)
 
 
+def panels_of(groups):
+    """Yields (title, groups) for each panel of a picture of curves: the groups of one model, training and lock.
+
+    A control that is drawn beside what it controls has no panel of its own.
+    """
+    panels, used = {}, [control[0]["training"] for group in groups if (control := control_of(group[0], groups))]
+    for group in groups:
+        first = group[0]
+        if first["training"] not in used:
+            name = "{architecture} on {dataset}, {label}".format(**first), first["lock_name"], first["epochs"]
+            panels.setdefault((name, json.dumps(first["training"], default=str)), []).append(group)
+    trainings = [members[0][0]["training"] for members in panels.values()]
+    differences = tell_apart([name for name, _ in panels], trainings)
+    for (((model, lock, _), _), members), difference in zip(panels.items(), differences):
+        title = "\n".join(wrap(", ".join(filter(None, [model, difference])), 52))
+        yield f"{title}\nlock: {lock}", members
+
+
 def plot(groups, path):
     """Write a picture of the curves: a panel for each model, training and lock, a colour for each method, and in grey
     what a control of that training, if there is one, comes to on original images. Other controls have panels, too.
 
     A line is the mean of the seeds, and the band around it goes from the least to the largest.
     """
-    panels, used = {}, [control[0]["training"] for group in groups if (control := control_of(group[0], groups))]
-    for group in groups:
-        if group[0]["training"] not in used:
-            title = "{architecture} on {dataset}, {label}".format(**group[0]), group[0]["lock_name"], group[0]["epochs"]
-            panels.setdefault((title, json.dumps(group[0]["training"], default=str)), []).append(group)
-    trainings = [members[0][0]["training"] for members in panels.values()]
-    differences = tell_apart([title for title, _ in panels], trainings)
-    methods = dict.fromkeys(group[0]["method"] for members in panels.values() for group in members)
+    panels = list(panels_of(groups))
+    methods = dict.fromkeys(group[0]["method"] for _, members in panels for group in members)
     colors = {method: f"C{index}" for index, method in enumerate(methods)}
     columns = min(len(panels), 4)
     rows = math.ceil(len(panels) / columns)
@@ -327,10 +338,9 @@ def plot(groups, path):
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     lines = {}
-    for axis, ((name, lock, epochs), _), difference, members in zip(axes.flat, panels, differences, panels.values()):
-        title = "\n".join(wrap(", ".join(filter(None, [name, difference])), 52))
-        axis.set_title(f"{title}\nlock: {lock}", fontsize="small", parse_math=False)
-        axis.set(xlabel=f"epoch, of {epochs}", ylim=(0, 100))
+    for axis, (title, members) in zip(axes.flat, panels):
+        axis.set_title(title, fontsize="small", parse_math=False)
+        axis.set(xlabel=f"epoch, of {members[0][0]['epochs']}", ylim=(0, 100))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         control = control_of(members[0][0], groups)
         if control:
@@ -349,12 +359,10 @@ def draw(axis, results, key, color, style):
     """Draw what results have of a key at each epoch that all of them evaluated; returns the line."""
     curves = [result["curves"][key] for result in results]
     epochs = sorted(set.intersection(*map(set, curves)))
-    values = [[curve[epoch] for curve in curves] for epoch in epochs]
+    values = np.array([[curve[epoch] for epoch in epochs] for curve in curves])  # [results, epochs]
     marker = "." if len(epochs) == 1 else None
-    axis.fill_between(
-        epochs, [min(value) for value in values], [max(value) for value in values], color=color, alpha=0.2
-    )
-    return axis.plot(epochs, [mean(value) for value in values], style, color=color, marker=marker)[0]
+    axis.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.2)
+    return axis.plot(epochs, values.mean(0), style, color=color, marker=marker)[0]
 
 
 def pictures(groups):
@@ -450,7 +458,7 @@ def parse_arguments():
     args.work_path = list({os.path.realpath(path): path for path in args.work_path}.values())
     for name, known in {"lock_method": METHODS, "variant": VARIANTS, "seed": []}.items():
         given = getattr(args, name)
-        setattr(args, name, list(known) if known and "all" in given else list(dict.fromkeys(given)))
+        setattr(args, name, list(known if "all" in given else dict.fromkeys(given)))
     for flag in flags:
         variant = next((name for name in args.variant if flag.removeprefix("--") in VARIANTS[name]), None)
         if variant:

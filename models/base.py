@@ -1,4 +1,4 @@
-"""Base classifiers: trained by robustness, loaded from its checkpoints. The only file that knows robustness.
+"""Base classifiers: trained by robustness, loaded from its checkpoints. No file but this one and benchmarks knows it.
 
     python -m models.base --dataset cifar --data ./data/cifar10 --adv-train 0 --arch resnet50 \\
         --out-dir ./logs/checkpoints/dir/ --exp-name resnet50
@@ -90,7 +90,7 @@ def careful_saving():
 
 @contextmanager
 def errors_let_out():
-    """Let out what stops robustness' loop while it waits for an accuracy, Ctrl-C say, of which it would only warn."""
+    """Raise what robustness' loop catches while it computes an accuracy, even Ctrl-C, of which it would only warn."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Failed to calculate the accuracy")
         try:
@@ -108,7 +108,7 @@ def augment_photos(images):
 
 
 def augment_digits(images):
-    """The same, less the flip and the colours: a mirrored 2 is no 2."""
+    """The same, less the flip, the colours and half of the padding: a mirrored 2 is no 2, and digits fill an image."""
     return random_rotation(to_float(random_crop(images, padding=2)), 2)
 
 
@@ -239,7 +239,7 @@ class FoldedClassifier(nn.Module):
 
 def robustness_main():
     """The module robustness.main, which offers in its flags just the data sets that this project can lock."""
-    robustness_datasets.DATASETS = dict(zip(DATASETS, DATASETS))  # its defaults of each are looked up by the value
+    robustness_datasets.DATASETS = {name: name for name in DATASETS}  # its defaults of each are looked up by the value
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)
         warnings.filterwarnings("ignore", message="Could not import amp")
@@ -295,11 +295,10 @@ def parse_arguments(main):
     except ValueError as error:  # "adv_train required"
         raise UserError(f"--{error}".replace("_", "-")) from error
     check_arguments(args)
-    args.step_lr = args.step_lr or NEVER  # for 0 robustness makes no schedule, and could not go on
+    args.step_lr = args.step_lr or 10**9  # epochs, so never: for 0 robustness makes no schedule, and could not go on
     return args
 
 
-NEVER = 10**9  # epochs
 # The least value of each flag that is a number.
 LEAST = {
     **dict.fromkeys(("epochs", "batch_size", "log_iters", "attack_steps"), 1),
@@ -479,7 +478,6 @@ def speed_up(network, args, device, passes):
         network.forward = Compiled(network.forward, args.batch_size, mode="reduce-overhead")
     if precision != "float32":
         network.forward = in_half(network.forward, device, PRECISIONS[precision])
-    torch.backends.cudnn.benchmark = True
 
 
 def in_half(function, device, dtype):

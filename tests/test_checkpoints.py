@@ -83,7 +83,7 @@ def test_a_checkpoint_of_something_else(tmp_path):
 
 def test_a_run_goes_on_from_the_checkpoint_before_alone(tmp_path):
     path = tmp_path / "ckpt.pth.tar"
-    torch.save(dict.fromkeys(checkpoints.CHECKPOINT_KEYS, 1), checkpoints.previous(path))
+    torch.save(dict.fromkeys(checkpoints.CHECKPOINT_KEYS, 1), checkpoints.beside(path, "previous"))
     assert checkpoints.is_begun(path) and checkpoints.read_checkpoint(path, log=print)["epoch"] == 1
 
 
@@ -91,7 +91,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_alone(tmp_path):
 def test_a_checkpoint_that_cannot_be_read_is_not_damaged(tmp_path, monkeypatch, number, kind):
     """Nor is it deleted for the one before it."""
     path = tmp_path / "ckpt.pth.tar"
-    for each in (path, checkpoints.previous(path)):
+    for each in (path, checkpoints.beside(path, "previous")):
         torch.save(dict.fromkeys(checkpoints.CHECKPOINT_KEYS, 1), each)
     load = checkpoints.load_whole
 

@@ -144,7 +144,7 @@ def test_what_is_trained_on_and_tested_with(place, command, monkeypatch):
     work = place / "preresnet8"
     command(train.main, "--work-path", work, "--epochs", 1, "--seed", 52, "--preprocess.bits", 1)
     bits, kept = seen[0], torch.load(work / "basic" / "seed52" / "ckpt.pth.tar")["data"]
-    assert kept == train.fingerprint(plain) != train.fingerprint(control)
+    assert kept == train.hash_data(plain) != train.hash_data(control)
     originals = data.load_digits(None, "train").first(96)
     assert torch.equal(control["train"][0], originals.images) and torch.equal(control["train"][1], originals.labels)
     assert torch.equal(plain["train"][0], torch.cat(torch.load(place / "train_image_basic"))) and same == manifest

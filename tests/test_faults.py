@@ -195,6 +195,7 @@ def test_a_checkpoint_that_is_cut_short_costs_one_epoch(run, tmp_path):
     checkpoint.write_bytes(b"")
     assert checkpoints.read_checkpoint(checkpoint, log=print)["epoch"] == 2
     assert not checkpoint.exists()  # or else it would take the place of the one before, at the next save
+    (checkpoint.parent / "result.json").unlink()  # or else the run would be finished
     assert finish(train.main, [*flags, "--epochs", 3]) == 0
     other = tmp_path / "undisturbed"
     other.mkdir()

@@ -549,6 +549,17 @@ def test_sums_that_no_lock_writes(place, locked, command, change, message):
         lockfiles.read_sums(paths, "train", manifest)
 
 
+def test_an_image_that_no_lock_writes(place, locked, command):
+    command(lock.main, *lock_flags(place, locked), "--format", "png")
+    paths, manifest = Paths(locked, "basic"), manifest_of(locked)
+    sums, (path, *_) = paths.sums("test"), (paths.tree / "test" / "3").iterdir()
+    sums.write_text(sums.read_text().replace(lockfiles.sha256(path.read_bytes()), lockfiles.sha256(b"no image")))
+    path.write_bytes(b"no image")
+    manifest["files"] = sums_alone(manifest) | {paths.name(sums): {"sha256": lockfiles.sha256(sums.read_bytes())}}
+    with pytest.raises(UserError, match=f"^{path}: cannot be read as PNG or JPEG"):
+        lockfiles.load_split(paths, "test", manifest)
+
+
 def test_what_lock_says(place, locked, command, capsys, tmp_path):
     (locked / ".lock_mixup").mkdir()
     command(lock.main, "--verify", locked)

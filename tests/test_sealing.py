@@ -128,6 +128,15 @@ def sealed(place, locked, command, monkeypatch, tmp_path):
     return locked, tmp_path / "key"
 
 
+def test_unlocking_in_the_folder_that_was_handed_out(sealed, command, monkeypatch, tmp_path):
+    """Where the default of --resume-path, which unlocking does not read, would lie in it."""
+    folder, key = sealed
+    monkeypatch.chdir(folder)
+    flags = ["--dataset", "folder", "--lock-data", "."]
+    command(lock.main, "--unlock", *flags, "--key", key, "--orig-data", tmp_path / "out")
+    assert (tmp_path / "out" / "train_image_original").exists()
+
+
 @pytest.mark.parametrize("method", ["basic", "50_horiz"])
 def test_unlock(sealed, command, tmp_path, method):
     folder, key = sealed

@@ -1,6 +1,7 @@
 """The training loop: schedules, what is trained and evaluated, what is reported."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -254,11 +255,11 @@ def test_a_key_is_one_that_training_reads(tmp_path, key, value, on):
 
 def test_the_fingerprint_is_of_all_images_and_labels():
     data = {name: (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=int)) for name in ("train", "test")}
-    found = {train.fingerprint(data)}
+    found = {train.hash_data(data)}
     for images, labels in data.values():
         for tensor in (images, labels):
             tensor += 1
-            found.add(train.fingerprint(data))
+            found.add(train.hash_data(data))
     assert len(found) == 5
 
 
@@ -284,10 +285,16 @@ def test_evaluation_leaves_the_model_as_it_is():
 
 
 def test_a_result_of_fewer_epochs_is_not_that_of_a_finished_run(tmp_path):
+    def is_finished(data_hash="abc", **keys):
+        return runs.finished_result(path, config_of(tmp_path, **keys), data_hash) is not None
+
     path = tmp_path / "result.json"
-    for content, finished in {'{"epochs": 2}': [False, True, False], "{": [False] * 3, "[]": [False] * 3}.items():
+    result = json.dumps({"epochs": 2, "data_sha256": "abc", "config": config_of(tmp_path, epochs="2")})
+    for content, finished in {result: [False, True, False], "{": [False] * 3, "[]": [False] * 3}.items():
         path.write_text(content)
-        assert [runs.is_finished(path, epochs) for epochs in (1, 2, 3)] == finished
+        assert [is_finished(epochs=epochs) for epochs in "123"] == finished
+    path.write_text(result)
+    assert is_finished(epochs="2") and not is_finished("abd", epochs="2") and not is_finished(epochs="2", seed="1")
 
 
 def test_what_a_start_lost_is_not_noted(tmp_path):

@@ -198,7 +198,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def random_split(count):
-    """As many images, and their labels."""
+    """So many random images uint8 [count, 3, 32, 32], and labels."""
     return torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8), torch.arange(count) % 10
 
 
@@ -407,7 +407,6 @@ def set_up():
     """What every process begins with; returns the device, and the precision that auto picks there, each with why."""
     device, reason = utils.pick_device()
     torch.manual_seed(0)
-    torch.backends.cudnn.benchmark = True
     # all that is measured is a network of ordinary convolutions, which share a precision
     return device, reason, *utils.pick_precision("auto", device, MODELS["preresnet20"]())
 
