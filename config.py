@@ -90,9 +90,10 @@ ALIASES = {"data_path": "orig_data_path"}  # CIFAR-ZOO's name: ours
 
 
 def changes(before, config):
-    """What makes a config another run than that of a config before, flat, would be resumed as: {key: (then, now)}.
+    """By which keys a config makes another run than an earlier one, which is flat: {key: (then, now)}.
 
-    A key that is newer than the run had its default.
+    A key that is newer than the earlier one had its default. A schedule of STEPs can go on for longer, and a precision
+    of auto is the one that the run was begun in.
     """
     free_if = {"epochs": config.lr_scheduler.type == "STEP", "precision": config.precision == "auto"}
     free = FREE_ON_RESUME | {key for key, may in free_if.items() if may}

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision.datasets import CIFAR10, ImageFolder
 
-from utils import UserError, first_line, telling_damage
+from utils import UserError, first_line, naming, telling_damage
 
 SPLITS = ("train", "test")
 
@@ -177,7 +177,10 @@ def read_image(path, content=None):
     Raises UserError where it is damaged, or more than 8-bit colours.
     """
     file = path if content is None else io.BytesIO(content)
-    with warnings.catch_warnings(), telling_damage(lambda why: f"{path}: cannot be read as PNG or JPEG ({why})"):
+    what = f"{path}: cannot be read as PNG or JPEG"
+    # why would name the buffer, not the file
+    damage = telling_damage(lambda why: f"{what} ({why})" if content is None else what)
+    with naming(path), damage, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what Pillow thinks of a file that it can read
         with Image.open(file, formats=("PNG", "JPEG")) as image:
             raw = str(image.tile[0][3])  # Pillow's mode for 16-bit colours is RGB too

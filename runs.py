@@ -97,11 +97,12 @@ def pictures(originals, locked):
     return F.interpolate(grid[None], scale_factor=3)[0]
 
 
-def show_pictures(data, path, writer):
-    """Write the pictures of the first ten test images, to a PNG file and to TensorBoard."""
+def show_pictures(data, path, writer=None):
+    """Write the pictures of the first ten test images, to a PNG file and, where a writer is given, to TensorBoard."""
     (originals, _), (locked, _) = data["original"], data["locked_test"]
     grid, file = pictures(originals[: len(locked)][:10], locked[:10]), io.BytesIO()
-    writer.add_image("images/originals, locked, 10 x difference", grid)
+    if writer:
+        writer.add_image("images/originals, locked, 10 x difference", grid)
     save_image(grid, file, format="png")
     write_file(path, file.getvalue())
 
@@ -140,13 +141,13 @@ def outcome(result):
     ).format(comma_name=result["name"] and f", {result['name']}", **result)
 
 
-def finished_result(path, config, data_hash):
-    """The content of a result.json, if it is that of this config, to the end, on the data of this hash, or None."""
+def finished_outcome(path, config, data_hash):
+    """The outcome in a result.json, if a run of this config ended with it, on the data of this hash; or else None."""
     try:
         result = json.loads(path.read_text())
         same = result["epochs"] == config.epochs and result["data_sha256"] == data_hash
-        return result if same and not changes(flatten(result["config"]), config) else None
-    except (OSError, ValueError, KeyError, TypeError):  # absent, damaged, or of older code
+        return outcome(result) if same and not changes(flatten(result["config"]), config) else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):  # absent, damaged, or of older code
         return None
 
 

@@ -353,11 +353,13 @@ def run(args, config, data, manifest, folder, suffix):
     checkpoint, picture = folder / config.ckpt_path / f"{config.ckpt_name}.pth.tar", folder / "images.png"
     fresh = not (args.resume and is_begun(checkpoint))  # else the weights are those of the checkpoint
     data_hash = hash_data(data)  # as the files hold them: another CPU may round differently in preprocessing them
-    result = runs.finished_result(folder / "result.json", config, data_hash) if args.resume else None
-    if result and (fresh or picture.exists()):  # it has no more need of its checkpoints, which may have been deleted
-        print(runs.outcome(result))
-        return
+    finished = runs.finished_outcome(folder / "result.json", config, data_hash) if args.resume else None
     data = {name: (preprocess(images, config), labels) for name, (images, labels) in data.items()}
+    if finished:  # it has no more need of its checkpoints, which may have been deleted
+        if not picture.exists():
+            runs.show_pictures(data, picture)
+        print(f"{folder}: finished already (--overwrite starts it again)\n{finished}")
+        return
     device, reason = utils.pick_device(config.use_gpu)
     torch.manual_seed(config.seed)
     model, pretrained = build_model(config, data, fresh)

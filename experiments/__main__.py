@@ -156,7 +156,7 @@ def find_results(folder):
 
 def read_result(path):
     """The content of a result.json, with what a table and a plot need of it; raises UserError where it is damaged."""
-    remedy = "take it away, and train.py --resume writes it again"
+    remedy = "take it away, and train.py --resume writes it again (by a new training, if its checkpoints are gone)"
     with utils.telling_damage(lambda _: f"{path}: not a result of train.py, or damaged; {remedy}"):
         result = {"name": "", **json.loads(path.read_text()), "folder": path.parent}
         result["dataset"] = canonical_name(result["dataset"])

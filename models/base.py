@@ -1,4 +1,4 @@
-"""Base classifiers: trained by robustness, loaded from its checkpoints. No file but this one and benchmarks knows it.
+"""Base classifiers: trained by robustness, loaded from its checkpoints. But for tests, only this file knows it.
 
     python -m models.base --dataset cifar --data ./data/cifar10 --adv-train 0 --arch resnet50 \\
         --out-dir ./logs/checkpoints/dir/ --exp-name resnet50

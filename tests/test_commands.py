@@ -125,7 +125,8 @@ def test_train_and_resume(place, command, monkeypatch, capsys):
     assert (resumed / "images.png").read_bytes() == (whole / "images.png").read_bytes()
     assert (resumed / "result.json").read_bytes() == content
 
-    # once finished, the same command says so, and writes nothing again
+    # once finished, the same command says so, and writes nothing again, whatever its checkpoints are
+    (resumed / "ckpt.pth.tar").write_bytes(b"damaged")
     before = {path: path.read_bytes() for path in resumed.rglob("*") if path.is_file() and path.name != "log.txt"}
     command(train.main, "--work-path", place / "stopped", *TRAIN, "--resume", "--eval_freq", 2)
     assert capsys.readouterr().out.strip().splitlines()[-1].startswith("preresnet8, basic, seed 0, 4 epochs: locked ")
@@ -180,7 +181,12 @@ def test_a_run_whose_checkpoint_is_gone_is_not_started_again(place, locked, comm
     gone = ["--resume", "--ckpt_name", "other"]
     for same in ([], ["--lock-data", locked]):
         command(train.main, *run, *gone, *same)
-        assert capsys.readouterr().out.splitlines() == [told]  # there was nothing left to do
+        finished = f"{folder}: finished already (--overwrite starts it again)"
+        assert capsys.readouterr().out.splitlines() == [finished, told]
+    picture = (folder / "images.png").read_bytes()
+    (folder / "images.png").unlink()
+    command(train.main, *run, *gone)
+    assert (folder / "images.png").read_bytes() == picture
     command(lock.main, *lock_flags(place, tmp_path / "other"), "--attack-lr", 0.2)
     lock_data = ["--lock-data", tmp_path / "other"]
     for other in (["--epochs", 2], ["--batch_size", 9], ["--precision", "float16"], lock_data):

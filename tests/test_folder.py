@@ -1,9 +1,11 @@
 """Images of one's own, in a folder: what is read, what is refused, and the three commands on digits as PNG files."""
 
+import errno
 import json
 import re
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -119,6 +121,12 @@ def test_images_that_are_cut_short(folder):
     path.write_bytes(path.read_bytes()[:150])
     with pytest.raises(UserError, match="e.png: cannot be read as PNG or JPEG"):
         data.load_folder(folder, "test")
+
+
+def test_a_disk_that_fails_is_named_and_no_damage(folder, monkeypatch):
+    monkeypatch.setattr("PIL.Image.open", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output error: .*e.png"):
+        data.read_image(folder / "test" / "dog" / "e.png")
 
 
 @pytest.fixture(scope="module")

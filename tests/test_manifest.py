@@ -556,7 +556,7 @@ def test_an_image_that_no_lock_writes(place, locked, command):
     sums.write_text(sums.read_text().replace(lockfiles.sha256(path.read_bytes()), lockfiles.sha256(b"no image")))
     path.write_bytes(b"no image")
     manifest["files"] = sums_alone(manifest) | {paths.name(sums): {"sha256": lockfiles.sha256(sums.read_bytes())}}
-    with pytest.raises(UserError, match=f"^{path}: cannot be read as PNG or JPEG"):
+    with pytest.raises(UserError, match=f"^{path}: cannot be read as PNG or JPEG$"):
         lockfiles.load_split(paths, "test", manifest)
 
 

@@ -286,13 +286,16 @@ def test_evaluation_leaves_the_model_as_it_is():
 
 def test_a_result_of_fewer_epochs_is_not_that_of_a_finished_run(tmp_path):
     def is_finished(data_hash="abc", **keys):
-        return runs.finished_result(path, config_of(tmp_path, **keys), data_hash) is not None
+        return runs.finished_outcome(path, config_of(tmp_path, **keys), data_hash) is not None
 
     path = tmp_path / "result.json"
-    result = json.dumps({"epochs": 2, "data_sha256": "abc", "config": config_of(tmp_path, epochs="2")})
-    for content, finished in {result: [False, True, False], "{": [False] * 3, "[]": [False] * 3}.items():
+    config, history = config_of(tmp_path, epochs="2"), [{"epoch": 2, "locked_acc": 90, "orig_acc": 20}]
+    result = {**runs.summary(config, "basic", "", history), "data_sha256": "abc", "config": config}
+    damaged = [{**result, "config": None}, {**result, "locked_acc": "a"}, {"epochs": 2, "data_sha256": "abc"}]
+    result, *damaged = map(json.dumps, [result, *damaged])
+    for content, finished in {result: "2", **dict.fromkeys([*damaged, "{", "[]"], "")}.items():
         path.write_text(content)
-        assert [is_finished(epochs=epochs) for epochs in "123"] == finished
+        assert [epochs for epochs in "123" if is_finished(epochs=epochs)] == list(finished)
     path.write_text(result)
     assert is_finished(epochs="2") and not is_finished("abd", epochs="2") and not is_finished(epochs="2", seed="1")
 
