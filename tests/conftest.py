@@ -6,19 +6,23 @@ import sys
 if not os.environ.get("TEST_ON_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import checkpoints
+import data
 import lock
+import lockfiles
 import train
 import utils
 from config import load_config
 from models import base
 
+ROOT = Path(__file__).parents[1]
 MINIMAL = "{architecture: preresnet20, dataset: cifar10, orig_data_path: ./data}"
 
 
@@ -27,15 +31,30 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def command(monkeypatch):
-    """Runs a command's main function with its arguments, as the shell would, in this process."""
+@pytest.fixture(scope="session", autouse=True)
+def digits_are_read_once():
+    """Commands in this process get copies of the digits; a test of how they are read calls data.load_digits itself."""
+    read = cache(partial(data.load_digits, None))
 
-    def run(main, *arguments):
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    def load(root, split):
+        images, labels, classes, names = read(split)
+        return data.Split(images.clone(), labels.clone(), [*classes], [*names])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(data.DATASETS, "digits", data.DATASETS["digits"]._replace(load=load))
+        yield
+
+
+def call(main, *arguments):
+    """Run a command's main function with its arguments, as the shell would, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["command", *map(str, arguments)])
         utils.run_command(main)
 
-    return run
+
+@pytest.fixture
+def command():
+    return call
 
 
 @pytest.fixture
@@ -77,15 +96,9 @@ def place(tmp_path_factory):
     """A folder in which commands 1 and 2 have run: two epochs, and the first 96 images locked by two methods."""
     place = tmp_path_factory.mktemp("place")
     with pytest.MonkeyPatch.context() as patch:
-
-        def run(main, *arguments):
-            patch.setattr(sys, "argv", ["command", *map(str, arguments)])
-            main()
-
         patch.setattr(utils, "commit", lambda: "0" * 40)  # whatever is committed while the tests run
-        run(base.train, "--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8",
-            "--out-dir", place, "--exp-name", "base", "--epochs", 2, "--precision", "float32")  # fmt: skip
-        run(lock.main, *lock_flags(place), "--lock-method", "basic", "horiz")
+        call(base.train, *base_flags(place), "--epochs", 2, "--precision", "float32")
+        call(lock.main, *lock_flags(place), "--lock-method", "basic", "horiz")
     work = place / "preresnet8"
     work.mkdir()
     (work / "config.yaml").write_text(
@@ -99,11 +112,29 @@ def place(tmp_path_factory):
 @pytest.fixture
 def locked(place, tmp_path):
     """A copy of the folder with the two locks, whose files a test may change."""
-    folder = tmp_path / "locked"
+    copy_locks(place, tmp_path / "locked")
+    return tmp_path / "locked"
+
+
+def copy_locks(place, folder):
+    """Copy the files of the two locks to a new folder."""
     folder.mkdir()
     for path in place.glob("*_*"):
         shutil.copy(path, folder)
-    return folder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of PNG files: the first 48 digits of each split."""
+    for split in data.SPLITS:
+        lockfiles.write_tree(tmp_path / "photos" / split, data.load_digits(None, split).first(48))
+    return tmp_path / "photos"
+
+
+def base_flags(out_dir, photos=None):
+    """Flags that train a preresnet8, on the digits or on a folder of photos, in the folder out_dir/base."""
+    images = ["--dataset", "folder", "--data", photos] if photos else ["--dataset", "digits"]
+    return [*images, "--adv-train", 0, "--arch", "preresnet8", "--out-dir", out_dir, "--exp-name", "base"]
 
 
 def lock_flags(place, folder=None):

@@ -1,3 +1,5 @@
+"""The attack: robustness' own as a reference, closed forms, and what holds for every attack."""
+
 import pytest
 import torch
 import torch.nn.functional as F

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import tables
 import torch
-from cox.utils import Parameters
 from torch import nn
 
 from data import Split, to_float
@@ -24,7 +23,7 @@ from models.base import (
     read_checkpoint,
     speed_up,
 )
-from tests.conftest import Malicious, flip_bit
+from tests.conftest import Malicious, base_flags, flip_bit
 from utils import UserError, exclusive
 
 
@@ -125,29 +124,15 @@ def test_a_classifier_that_diverges_replaces_no_checkpoint(tmp_path):
     torch.save(diverged, str(path))  # as ever
 
 
-def test_ctrl_c_ends_robustness_loop():
-    """Also where it comes while the loop waits for an accuracy; by itself it would go on, and warn."""
-    base.robustness_main()  # which makes robustness.train importable
-    from robustness.train import _model_loop
-
-    def interrupted(logits, labels):
-        raise KeyboardInterrupt
-
-    args, cpu = Parameters({"custom_accuracy": interrupted}), torch.device("cpu")
-    split = Split(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.arange(4), None, None)
-    model = nn.DataParallel(attacker_model("preresnet8", "cifar"))
-    with pytest.raises(KeyboardInterrupt), base.cuda_optional(), base.errors_let_out():
-        _model_loop(args, "val", Batches(split, cpu, 4), model, None, 0, False, None)
-
-
 def test_ctrl_c_ends_a_training(tmp_path, command, monkeypatch):
+    """Also where it comes while robustness' loop waits for an accuracy; by itself it would go on, and warn."""
+
     def interrupted(logits, labels):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(base, "accuracies", interrupted)
     with pytest.raises(SystemExit) as exit:
-        command(base.train, "--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--out-dir", tmp_path,
-                "--exp-name", "x", "--epochs", 1)  # fmt: skip
+        command(base.train, *base_flags(tmp_path), "--epochs", 1)
     assert exit.value.code == 130
 
 
@@ -259,10 +244,10 @@ def test_what_a_training_came_to(checkpoint, tmp_path, capsys):
 
 
 def test_a_folder_is_written_to_by_one_training(tmp_path, user_error):
-    flags = ["--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--out-dir", tmp_path, "--exp-name", "x"]
-    with exclusive(tmp_path / "x"):
-        assert f"{tmp_path / 'x'}: another process is writing there" in user_error(base.train, *flags)
-        assert [path.name for path in (tmp_path / "x").iterdir()] == [".lock"]
+    with exclusive(tmp_path / "base"):
+        line = user_error(base.train, *base_flags(tmp_path))
+        assert f"{tmp_path / 'base'}: another process is writing there" in line
+        assert [path.name for path in (tmp_path / "base").iterdir()] == [".lock"]
 
 
 def test_curves_that_cannot_be_written_end_a_training(tmp_path, user_error, monkeypatch):
@@ -272,8 +257,7 @@ def test_curves_that_cannot_be_written_end_a_training(tmp_path, user_error, monk
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", write)
-    flags = ["--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--out-dir", tmp_path, "--exp-name", "x"]
-    assert "No space left on device" in user_error(base.train, *flags, "--epochs", 1)
+    assert "No space left on device" in user_error(base.train, *base_flags(tmp_path), "--epochs", 1)
 
 
 def test_a_store_on_a_file_system_that_cannot_lock(tmp_path):

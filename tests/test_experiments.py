@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from queue import SimpleQueue
 from threading import Event
 from types import SimpleNamespace
@@ -21,7 +20,7 @@ from config import CONFIG
 from experiments import __main__ as study
 from methods import METHODS
 from models import MODELS
-from tests.conftest import config_of
+from tests.conftest import ROOT, config_of
 from utils import UserError, flatten
 
 RESULT = {
@@ -200,10 +199,10 @@ def test_the_images_of_each_lock_are_shown(tmp_path):
         group = {"dataset": "digits", "method": method, "lock_name": "a", "folder": folder, "settings": settings}
         groups.append([group])
     found = study.pictures(groups)
-    assert {name: len(rows) / grid.shape[1] > 0.7 for name, rows in found.items()} == {
-        "digits, basic (a), lock.eps 0.5": True,
-        "digits, basic (a), lock.eps 0.4": False,
-        "digits, horiz (a)": True,
+    assert {name: round(3 * len(rows) / grid.shape[1]) for name, rows in found.items()} == {
+        "digits, basic (a), lock.eps 0.5": 3,
+        "digits, basic (a), lock.eps 0.4": 2,
+        "digits, horiz (a)": 3,
     }
     assert found["digits, basic (a), lock.eps 0.5"][9, 9, 0] == 0
     study.show(groups, tmp_path / "shown.png")
@@ -232,11 +231,14 @@ def fits(column, run):
 
 
 def test_the_readmes_say_what_the_results_say():
-    """A row's first cell names the run; in the table of locks, the second is how many attacks reached their target."""
-    root = Path(__file__).parents[1]
-    rows = list(table_rows((root / "README.md").read_text() + (root / "results" / "README.md").read_text()))
+    """Every group of runs in results/ has its accuracies in a row of the READMEs, and the paper's are study.PAPER.
+
+    A row's first cell names the run, and a column's header the rest of it (fits). Where a run's name has the eps of its
+    lock, the row's second cell is how many attacks reached their target.
+    """
+    rows = list(table_rows((ROOT / "README.md").read_text() + (ROOT / "results" / "README.md").read_text()))
     models = next([cell.partition(",")[0] for cell in header] for header, row in rows if header[0] == "lock")
-    groups, of_lock2 = study.gather([root / "results"]), set()
+    groups, of_lock2 = study.gather([ROOT / "results"]), set()
     default = {key: value for key, value in flatten(CONFIG).items() if key in set().union(*study.VARIANTS.values())}
     for group in groups:
         first = group[0]
@@ -268,7 +270,7 @@ def test_the_readmes_say_what_the_results_say():
     assert papers == {key: f"{orig:.2f} / {locked:.2f}" for key, (orig, locked) in study.PAPER.items()}
 
 
-def test_mistakes(results, user_error, tmp_path):
+def test_mistakes(results, user_error, monkeypatch, tmp_path):
     assert "none: no such folder" in user_error(study.main, "--work-path", results, tmp_path / "none")
     (tmp_path / "empty").mkdir()
     assert "holds no result.json" in user_error(study.main, "--work-path", tmp_path / "empty")
@@ -284,6 +286,7 @@ def test_mistakes(results, user_error, tmp_path):
     assert "--train_on: --variant control sets it" in user_error(
         study.main, "--run", "--work-path", "a", "--variant", "plain", "control", "--train_on=locked"
     )
+    monkeypatch.setattr(study, "TRAIN", str(tmp_path / "absent.py"))
     mixup = ["--variant", "mixup", "--lock-data", "mixup"]  # the second one is a folder
     assert "1 of 1 runs failed" in user_error(study.main, "--run", "--work-path", tmp_path / "none", *mixup)
     for content in ("{}", "[]", "{", json.dumps({**RESULT, "config": 3}), json.dumps({**RESULT, "history": None}),
@@ -331,8 +334,8 @@ def test_a_run_takes_the_gpu_of_one_that_ended(tmp_path, monkeypatch):
     script = tmp_path / "train.py"
     script.write_text(
         "import os, pathlib, sys, time\n"
-        "place, seed = pathlib.Path(sys.argv[2]), sys.argv[-1]\n"
-        "while seed == '0' and len(list(place.glob('seed*'))) < 2:\n"
+        "place, seed, begun = pathlib.Path(sys.argv[2]), sys.argv[-1], time.time()\n"
+        "while seed == '0' and len(list(place.glob('seed*'))) < 2 and time.time() < begun + 60:\n"
         "    time.sleep(0.01)\n"
         "(place / 'threads').write_text(os.environ['OMP_NUM_THREADS'])\n"
         "(place / f'seed{seed}').write_text(os.environ['LOCAL_RANK'])\n"
@@ -375,8 +378,10 @@ def test_an_interrupt_ends_what_is_running_and_starts_no_more(place, tmp_path):
     """SIGTERM, which reaches the parent alone, when the first of two trainings has written its log."""
     (tmp_path / "config.yaml").write_text((place / "preresnet8" / "config.yaml").read_text())
     command = [sys.executable, *f"-m experiments --run --work-path {tmp_path} --seed 1 2 --epochs 999".split()]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    options = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, **options) as process:
         while not (tmp_path / "basic" / "seed1" / "log.txt").exists():
+            assert process.poll() is None, process.stderr.read()
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 130 and "goes on from here" in process.stderr.read()

@@ -24,7 +24,7 @@ import lock
 import train
 import utils
 from models import base
-from tests.conftest import flip_bit, lock_flags
+from tests.conftest import base_flags, flip_bit, lock_flags
 
 # Processes are forked from one that has imported everything, and computed nothing: they start at once.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -94,14 +94,16 @@ def kill_at_random_moments(main, arguments_in, folders):
         codes = list(pool.map(kill_one, [(folder, draw.random()) for folder in folders[1:]]))
     for _, after, output in codes:
         assert after == 0, output.read_text()
+    assert {before for before, *_ in codes} <= {0, -9}
     assert sum(before == -9 for before, *_ in codes) > len(codes) / 2  # some may have ended before their moment
 
 
 def contents(folder):
-    """All files of a lock, by name, the manifest without its date."""
+    """All files of a lock, by name, the manifest without its date and its commit, which an edit meanwhile changes."""
     files = {path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
     manifest = json.loads(files.pop(Path("lock_basic.json")))
     assert manifest.pop("date")
+    del manifest["commit"]
     return manifest, files
 
 
@@ -155,7 +157,7 @@ def test_a_full_disk_costs_no_shard_and_no_older_lock(place, tmp_path):
 
 
 @pytest.fixture
-def run(place, tmp_path):
+def two_epochs(place, tmp_path):
     """Flags of a training of its own, of which two epochs are done, and the path of its checkpoint."""
     (tmp_path / "config.yaml").write_text((place / "preresnet8" / "config.yaml").read_text())
     flags = ["--work-path", tmp_path, "--batch_size", 48, "--resume"]
@@ -163,8 +165,8 @@ def run(place, tmp_path):
     return flags, tmp_path / "basic" / "seed0" / "ckpt.pth.tar"
 
 
-def test_a_full_disk_costs_no_checkpoint(run, tmp_path):
-    flags, checkpoint = run
+def test_a_full_disk_costs_no_checkpoint(two_epochs, tmp_path):
+    flags, checkpoint = two_epochs
     output = tmp_path / "output"
     assert finish(train.main, [*flags, "--epochs", 4], output, file_size=100_000) == 2
     last = output.read_text().splitlines()[-1]
@@ -176,8 +178,7 @@ def test_a_full_disk_costs_no_checkpoint(run, tmp_path):
 def test_a_full_disk_costs_no_base_classifier(place, tmp_path):
     folder, output = tmp_path / "base", tmp_path / "output"
     shutil.copytree(place / "base", folder)
-    flags = ["--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--out-dir", tmp_path]
-    flags += ["--exp-name", "base", "--resume", folder / "checkpoint.pt.latest", "--resume-optimizer", 1]
+    flags = [*base_flags(tmp_path), "--resume", folder / "checkpoint.pt.latest", "--resume-optimizer", 1]
     assert finish(base.train, [*flags, "--epochs", 4, "--log-iters", 1], output, file_size=400_000) == 2
     last = output.read_text().splitlines()[-1]
     assert last == f"command: error: [Errno 27] File too large: '{folder}/checkpoint.pt.latest'"
@@ -185,8 +186,8 @@ def test_a_full_disk_costs_no_base_classifier(place, tmp_path):
         assert (folder / name).read_bytes() == (place / "base" / name).read_bytes()
 
 
-def test_a_checkpoint_that_is_cut_short_costs_one_epoch(run, tmp_path):
-    flags, checkpoint = run
+def test_a_checkpoint_that_is_cut_short_costs_one_epoch(two_epochs, tmp_path):
+    flags, checkpoint = two_epochs
     checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
     assert finish(train.main, [*flags, "--epochs", 3], tmp_path / "output") == 0
     lines = (tmp_path / "output").read_text()
@@ -232,8 +233,8 @@ def test_a_folder_that_cannot_be_written_to(place, user_error, monkeypatch):
         assert "Permission denied" in user_error(lock.main, *lock_flags(place, folder))
 
 
-def test_two_processes_do_not_write_to_one_folder(place, run, user_error, tmp_path):
-    flags, checkpoint = run
+def test_two_processes_do_not_write_to_one_folder(place, two_epochs, user_error, tmp_path):
+    flags, checkpoint = two_epochs
     for folder, main, arguments in (
         (tmp_path / "locked", lock.main, lock_flags(place, tmp_path / "locked")),
         (checkpoint.parent, train.main, [*flags, "--epochs", 3]),
@@ -244,12 +245,10 @@ def test_two_processes_do_not_write_to_one_folder(place, run, user_error, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["train_image_basic", "test_label_basic"])
-def test_a_locked_file_that_is_damaged(place, user_error, tmp_path, name):
-    folder = tmp_path / "locked"
-    assert finish(lock.main, lock_flags(place, folder)) == 0
-    content = (folder / name).read_bytes()
-    (folder / name).write_bytes(flip_bit(content, len(content) // 2))
-    line = user_error(train.main, "--work-path", place / "preresnet8", "--lock-data", folder, "--seed", 20)
-    assert f"{folder}/{name}: changed or damaged since it was locked" in line
-    assert f"{folder}/{name}: changed or damaged" in user_error(lock.main, *lock_flags(place, folder))
-    assert "not as they were locked: 1, see above" in user_error(lock.main, "--verify", folder)
+def test_a_locked_file_that_is_damaged(place, locked, user_error, name):
+    content = (locked / name).read_bytes()
+    (locked / name).write_bytes(flip_bit(content, len(content) // 2))
+    line = user_error(train.main, "--work-path", place / "preresnet8", "--lock-data", locked, "--seed", 20)
+    assert f"{locked}/{name}: changed or damaged since it was locked" in line
+    assert f"{locked}/{name}: changed or damaged" in user_error(lock.main, *lock_flags(place, locked))
+    assert "not as they were locked: 1, see above" in user_error(lock.main, "--verify", locked)

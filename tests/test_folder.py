@@ -4,7 +4,6 @@ import errno
 import json
 import re
 import shutil
-from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -17,6 +16,7 @@ import lock
 import lockfiles
 import train
 from models import base
+from tests.conftest import ROOT, base_flags, call
 from utils import UserError
 
 # A PNG of 1x1 pixels with 16 bits a colour, which Pillow reads, but cannot write.
@@ -138,11 +138,7 @@ def digits(tmp_path_factory):
         chosen = ((part.labels >= 3) & (part.labels <= 6)).nonzero().flatten().tolist()
         images, names = part.images[chosen, :, 4:24, 4:28], [part.names[index] for index in chosen]
         lockfiles.write_tree(root / "photos" / split, part._replace(images=images, names=names))
-    with pytest.MonkeyPatch.context() as patch:
-        flags = ["--dataset", "folder", "--data", root / "photos", "--adv-train", 0, "--arch", "preresnet8",
-                 "--out-dir", root, "--exp-name", "base", "--epochs", 2]  # fmt: skip
-        patch.setattr("sys.argv", ["command", *map(str, flags)])
-        base.train()
+    call(base.train, *base_flags(root, root / "photos"), "--epochs", 2)
     return root
 
 
@@ -185,7 +181,7 @@ def test_the_three_commands_and_back(digits, command, user_error, tmp_path):
 
 
 def test_the_script_of_the_readme_scales_images(monkeypatch, tmp_path):
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     script = re.search(r'python -c "(\nfrom pathlib.*?)"\n', readme, re.DOTALL)[1]
     for split in data.SPLITS:
         write(tmp_path, f"originals/{split}/cat/a.jpg", Image.new("RGB", (90, 70)))

@@ -1,3 +1,5 @@
+"""What lock.py makes of images: target maps, methods, measurements, the report, and the data sets that it reads."""
+
 import argparse
 import os
 import pickle

@@ -125,8 +125,12 @@ def test_files_that_do_not_belong_together(place, user_error, monkeypatch):
 
 
 def test_verify(place, locked, command, user_error, capsys):
+    (locked / ".lock_mixup").mkdir()
+    (locked / "lock_picking.json").write_text("{}")  # is no manifest's name
     command(lock.main, "--verify", locked)
-    assert "every file of lock_50_horiz.json, lock_basic.json is as it was locked" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert ".lock_mixup: an interrupted lock" in out
+    assert "every file of lock_50_horiz.json, lock_basic.json is as it was locked" in out
     for suffix in ("50_horiz", "basic"):
         (locked / f"train_label_{suffix}").unlink()
     assert "not as they were locked: 2, see above" in user_error(lock.main, "--verify", locked)
@@ -134,11 +138,10 @@ def test_verify(place, locked, command, user_error, capsys):
     assert "lock_basic.json: not a manifest of lock.py" in user_error(lock.main, "--verify", locked)
     (locked / "lock_basic.json").write_text((place / "lock_basic.json").read_text()[:100])
     assert "lock_basic.json: not JSON, or damaged" in user_error(lock.main, "--verify", locked)
-    (locked / ".lock_basic").mkdir()
     for path in locked.glob("lock_*.json"):
         path.unlink()
     assert "holds no lock_*.json; finish its lock first" in user_error(lock.main, "--verify", locked)
-    (locked / ".lock_basic").rmdir()
+    (locked / ".lock_mixup").rmdir()
     assert "holds no lock_*.json; name a folder that" in user_error(lock.main, "--verify", locked)
 
 
@@ -434,11 +437,13 @@ def test_a_lock_goes_on_as_it_was_begun_on_another_machine(place, command, monke
 
 
 def test_choices_that_no_lock_makes_are_not_taken_over(place, locked, user_error, command):
-    path = locked / "lock_basic.json"
-    content = path.read_text()
-    for value in ("null", '"x"', "0.5"):
-        path.write_text(content.replace('"batch_size": 40', f'"batch_size": {value}'))
-        assert "was made with batch_size" in user_error(lock.main, *lock_flags(place, locked))
+    path, settings = locked / "lock_basic.json", manifest_of(locked)["settings"]
+    wrong = [("batch_size", None), ("batch_size", "x"), ("batch_size", 0.5), ("precision", "x"), ("compile", "x")]
+    for name, then in wrong:
+        path.write_text(json.dumps(manifest_of(place) | {"settings": {**settings, name: then}}))
+        line = user_error(lock.main, *lock_flags(place, locked)[:-2])  # a --batch-size would not be asked for
+        now = lock.BATCH_SIZES["cpu"] if name == "batch_size" else settings[name]
+        assert f"was made with {name} {'unset' if then is None else then}, but now it is {now}" in line
     path.write_text("{")
     command(lock.main, *lock_flags(place, locked), "--overwrite")
     assert manifest_of(locked)["settings"]["batch_size"] == 40
@@ -474,8 +479,7 @@ def test_png_files_hold_what_the_tensors_hold(place, locked, command, monkeypatc
     command(lock.main, *lock_flags(place), *alone, "--format", "png")
     assert not (tmp_path / "alone" / "train_image_basic").exists()
     run = ["--work-path", place / "preresnet8", "--epochs", 1]
-    command(train.main, *run, "--seed", 34)
-    command(train.main, *run, "--seed", 34, "--overwrite", *alone)
+    command(train.main, *run, "--seed", 34, *alone)
     result = json.loads((place / "preresnet8" / "basic" / "seed34" / "result.json").read_text())
     assert list(result["lock"]["files"]) == ["basic/train.sha256", "basic/test.sha256"]
     path, other = (next((tmp_path / "alone" / "basic" / "test" / label).iterdir()) for label in "34")
@@ -501,7 +505,7 @@ def test_an_older_lock_asked_for_again_costs_no_shard_of_a_new_one(place, locked
     assert len(list((locked / ".lock_basic").glob("train_*"))) == 2
 
 
-def test_a_shard_under_another_name_is_none(tmp_path):
+def test_a_renamed_shard_is_not_taken_for_another_batch(tmp_path):
     paths = Paths(tmp_path, "basic")
     paths.partial.mkdir()
     shards.write_all({"basic": paths}, "train", [0], [({"basic": (torch.zeros(5, 3, 4, 4), {})}, {})])
@@ -509,19 +513,12 @@ def test_a_shard_under_another_name_is_none(tmp_path):
     assert shards.read_shard(paths, "train", 5) is None
 
 
-def test_settings_that_are_no_more_differ_too():
+def test_a_setting_that_only_the_older_lock_has_is_a_difference():
     with pytest.raises(UserError, match="x was made with old 1, but now it is unset"):
         shards.refuse_others("x", {"old": 1, "same": 2}, {"same": 2})
 
 
-@pytest.mark.parametrize("name", ["precision", "compile"])
-def test_more_choices_that_no_lock_makes(place, locked, user_error, name):
-    path, value = locked / "lock_basic.json", manifest_of(locked)["settings"][name]
-    path.write_text(path.read_text().replace(f'"{name}": "{value}"', f'"{name}": "x"'))
-    assert f"was made with {name} x, but now it is {value}" in user_error(lock.main, *lock_flags(place, locked))
-
-
-def test_every_environment_stands_in_the_manifest(place, command, monkeypatch, tmp_path):
+def test_both_machines_of_a_lock_stand_in_its_manifest(place, command, monkeypatch, tmp_path):
     interrupt(monkeypatch, at=3)
     flags = [*lock_flags(place, tmp_path), "--precision", "float32"]
     monkeypatch.setattr("utils.bfloat16_unit", lambda: "AMX")
@@ -560,10 +557,7 @@ def test_an_image_that_no_lock_writes(place, locked, command):
         lockfiles.load_split(paths, "test", manifest)
 
 
-def test_what_lock_says(place, locked, command, capsys, tmp_path):
-    (locked / ".lock_mixup").mkdir()
-    command(lock.main, "--verify", locked)
-    assert ".lock_mixup: an interrupted lock" in capsys.readouterr().out
+def test_what_is_told_of_maps_that_keep_a_class_and_of_unchanged_images(place, command, capsys, tmp_path):
     command(lock.main, *lock_flags(place, tmp_path / "new"), "--lock-method", "mixup", "--lambd", 0.3, "--subset", 4)
     assert manifest_of(tmp_path / "new", "30_mixup")["settings"]["lambd"] == 0.3
     out = capsys.readouterr().out
@@ -584,12 +578,7 @@ def test_a_folder_of_somebody_else_is_not_of_a_lock(tmp_path):
     assert (tmp_path / "basic").is_symlink() and (tmp_path / "50_horiz").is_dir()
 
 
-def test_verify_takes_no_other_file_for_a_lock(locked, command):
-    (locked / "lock_picking.json").write_text("{}")
-    command(lock.main, "--verify", locked)
-
-
-def test_images_that_a_base_classifier_does_not_take(place, user_error, monkeypatch, tmp_path):
+def test_the_size_of_images_is_checked_before_the_attack(place, user_error, monkeypatch, tmp_path):
     def refuse(model, images, what):
         raise UserError(f"{what} {tuple(images.shape)}")
 

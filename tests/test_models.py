@@ -1,3 +1,5 @@
+"""The architectures: their parameters, layers and initialisation, and the images that they take."""
+
 import re
 
 import pytest

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import data
 import lock
 import lockfiles
 import sealing
-from tests.conftest import flip_bit, lock_flags
+from tests.conftest import call, copy_locks, flip_bit, lock_flags
 from utils import UserError, write_file
 
 
@@ -118,14 +119,23 @@ def test_a_key_that_another_process_makes_meanwhile_is_the_one_used(tmp_path, mo
     assert sealing.make_key(path) == sealing.read_key(path)
 
 
-@pytest.fixture
-def sealed(place, locked, command, monkeypatch, tmp_path):
-    """A finished lock, to which seals are added without another attack; its folder, and the key's."""
-    with monkeypatch.context() as patch:
+@pytest.fixture(scope="module")
+def sealed_once(place, tmp_path_factory):
+    """A folder with a finished lock, to which seals were added without another attack, and the key."""
+    root = tmp_path_factory.mktemp("sealed")
+    copy_locks(place, root / "locked")
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lock, "attack", lambda *args: pytest.fail("an attack was computed again"))
-        flags = ["--lock-method", "basic", "horiz", "--key-out", tmp_path / "key"]
-        command(lock.main, *lock_flags(place, locked), *flags)
-    return locked, tmp_path / "key"
+        flags = ["--lock-method", "basic", "horiz", "--key-out", root / "key"]
+        call(lock.main, *lock_flags(place, root / "locked"), *flags)
+    return root
+
+
+@pytest.fixture
+def sealed(sealed_once, tmp_path):
+    """The folder of a sealed lock, and the path of its key: copies, which a test may change."""
+    shutil.copytree(sealed_once, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "locked", tmp_path / "key"
 
 
 def test_unlocking_in_the_folder_that_was_handed_out(sealed, command, monkeypatch, tmp_path):
