@@ -93,20 +93,29 @@ def compiles(monkeypatch):
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
-    """A folder in which commands 1 and 2 have run: two epochs, and the first 96 images locked by two methods."""
+    """A folder in which commands 1 and 2 have run: two epochs, and the first 96 images locked by two methods.
+
+    All tests share it, and none writes to it.
+    """
     place = tmp_path_factory.mktemp("place")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(utils, "commit", lambda: "0" * 40)  # whatever is committed while the tests run
         call(base.train, *base_flags(place), "--epochs", 2, "--precision", "float32")
         call(lock.main, *lock_flags(place), "--lock-method", "basic", "horiz")
-    work = place / "preresnet8"
+    return place
+
+
+@pytest.fixture
+def work(place, tmp_path):
+    """A work path, with the config of a short training on the shared lock."""
+    work = tmp_path / "work"
     work.mkdir()
     (work / "config.yaml").write_text(
         f"{{architecture: preresnet8, dataset: digits, orig_data_path: none, eval_freq: 3, "
         f"locked_train_image: {place}/train_image_basic, locked_train_label: {place}/train_label_basic, "
         f"locked_test_image: {place}/test_image_basic, locked_test_label: {place}/test_label_basic}}"
     )
-    return place
+    return work
 
 
 @pytest.fixture

@@ -59,10 +59,10 @@ def test_all_methods_at_once_give_the_files_that_each_gives_alone(place, command
         assert alone["report"] == together["report"]
 
 
-def test_train_and_resume(place, command, monkeypatch, capsys):
+def test_train_and_resume(place, work, command, monkeypatch, capsys, tmp_path):
     """A run that is stopped and resumed ends as one that is not: every bit of its state, and its results."""
-    command(train.main, "--work-path", place / "preresnet8", *TRAIN)
-    whole = place / "preresnet8" / "basic" / "seed0"
+    command(train.main, "--work-path", work, *TRAIN)
+    whole = work / "basic" / "seed0"
     result = json.loads((whole / "result.json").read_text())
     assert [record["epoch"] for record in result["history"]] == [1, 3, 4]  # the first, every third, the last
     assert capsys.readouterr().out.strip().splitlines()[-1].startswith("preresnet8, basic, seed 0, 4 epochs: locked ")
@@ -71,8 +71,8 @@ def test_train_and_resume(place, command, monkeypatch, capsys):
     shown = train.runs.pictures(data.load_digits(None, "test").images[:10], load(place, "test_image_basic")[:10])
     assert (data.to_float(data.read_image(whole / "images.png")) - shown).abs().max() < 1 / 255
 
-    (place / "stopped").mkdir()
-    (place / "stopped" / "config.yaml").write_text((place / "preresnet8" / "config.yaml").read_text())
+    stopped, shorter = (tmp_path / name for name in ("stopped", "shorter"))
+    shutil.copytree(work, stopped, ignore=shutil.ignore_patterns("basic"))
     run_epoch = train.run_epoch
 
     def stop_in_epoch_3(learner, step, data, epoch, *rest):
@@ -83,20 +83,20 @@ def test_train_and_resume(place, command, monkeypatch, capsys):
 
     monkeypatch.setattr(train, "run_epoch", stop_in_epoch_3)
     with pytest.raises(SystemExit):
-        command(train.main, "--work-path", place / "stopped", *TRAIN)
+        command(train.main, "--work-path", stopped, *TRAIN)
     monkeypatch.setattr(train, "run_epoch", run_epoch)
     time.sleep(1)  # TensorBoard reads files in the order of the seconds they were begun in
-    shutil.copytree(place / "stopped", place / "shorter")
-    command(train.main, "--work-path", place / "shorter", *TRAIN, "--resume", "--epochs", 2)
-    shorter = json.loads((place / "shorter" / "basic" / "seed0" / "result.json").read_text())
-    assert [record["epoch"] for record in shorter["history"]] == [1, 2] and shorter["epochs"] == 2
-    folder = place / "shorter" / "basic" / "seed0"
-    assert torch.load(folder / "state_best.pth.tar")["epoch"] == shorter["best_epoch"]
+    shutil.copytree(stopped, shorter)
+    command(train.main, "--work-path", shorter, *TRAIN, "--resume", "--epochs", 2)
+    folder = shorter / "basic" / "seed0"
+    of_two = json.loads((folder / "result.json").read_text())
+    assert [record["epoch"] for record in of_two["history"]] == [1, 2] and of_two["epochs"] == 2
+    assert torch.load(folder / "state_best.pth.tar")["epoch"] == of_two["best_epoch"]
     events = EventAccumulator(str(folder / "original")).Reload().Scalars("accuracy/test")
     assert [event.step for event in events] == [1, 2]
 
-    command(train.main, "--work-path", place / "stopped", *TRAIN, "--resume")
-    resumed = place / "stopped" / "basic" / "seed0"
+    command(train.main, "--work-path", stopped, *TRAIN, "--resume")
+    resumed = stopped / "basic" / "seed0"
     best = torch.load(whole / "state_best.pth.tar")
     history = json.loads(best["history"])
     assert best["epoch"] == result["best_epoch"] == max(history, key=lambda record: record["locked_acc"])["epoch"]
@@ -121,29 +121,28 @@ def test_train_and_resume(place, command, monkeypatch, capsys):
     assert len(events.Images("images/originals, locked, 10 x difference")) == 1
     content = (resumed / "result.json").read_bytes()
     (resumed / "images.png").unlink()
-    command(train.main, "--work-path", place / "stopped", *TRAIN, "--resume")
+    command(train.main, "--work-path", stopped, *TRAIN, "--resume")
     assert (resumed / "images.png").read_bytes() == (whole / "images.png").read_bytes()
     assert (resumed / "result.json").read_bytes() == content
 
     # once finished, the same command says so, and writes nothing again, whatever its checkpoints are
     (resumed / "state.pth.tar").write_bytes(b"damaged")
     before = {path: path.read_bytes() for path in resumed.rglob("*") if path.is_file() and path.name != "log.txt"}
-    command(train.main, "--work-path", place / "stopped", *TRAIN, "--resume", "--eval_freq", 2)
+    command(train.main, "--work-path", stopped, *TRAIN, "--resume", "--eval_freq", 2)
     assert capsys.readouterr().out.strip().splitlines()[-1].startswith("preresnet8, basic, seed 0, 4 epochs: locked ")
     assert {path: path.read_bytes() for path in before} == before
     assert len(before) == len([path for path in resumed.rglob("*") if path.is_file()]) - 1
 
 
-def test_what_is_trained_on_and_tested_with(place, command, monkeypatch):
+def test_what_is_trained_on_and_tested_with(place, work, command, monkeypatch):
     """A control trains on as many originals; preprocessing changes all three sets alike, and leaves their hash."""
-    config = load_config(place / "preresnet8" / "config.yaml", {})
+    config = load_config(work / "config.yaml", {})
     plain, manifest = train.load_data(config)
-    control, same = train.load_data(load_config(place / "preresnet8" / "config.yaml", {"train_on": "original"}))
+    control, same = train.load_data(load_config(work / "config.yaml", {"train_on": "original"}))
     seen = []
     monkeypatch.setattr(train.runs, "show_pictures", lambda data, *rest: seen.append(data))
-    work = place / "preresnet8"
-    command(train.main, "--work-path", work, "--epochs", 1, "--seed", 52, "--preprocess.bits", 1)
-    bits, kept = seen[0], torch.load(work / "basic" / "seed52" / "ckpt.pth.tar")["data"]
+    command(train.main, "--work-path", work, "--epochs", 1, "--preprocess.bits", 1)
+    bits, kept = seen[0], torch.load(work / "basic" / "seed0" / "ckpt.pth.tar")["data"]
     assert kept == train.hash_data(plain) != train.hash_data(control)
     originals = data.load_digits(None, "train").first(96)
     assert torch.equal(control["train"][0], originals.images) and torch.equal(control["train"][1], originals.labels)
@@ -155,26 +154,26 @@ def test_what_is_trained_on_and_tested_with(place, command, monkeypatch):
             assert torch.equal(control[name][0], images)
 
 
-def test_each_method_and_seed_has_its_own_folder(place, command):
+def test_each_method_and_seed_has_its_own_folder(place, work, command):
     quick = ["--epochs", 1, "--batch_size", 32]
-    command(train.main, "--work-path", place / "preresnet8", *quick, "--lock-method", "horiz", "--seed", 7)
-    result = json.loads((place / "preresnet8" / "50_horiz" / "seed7" / "result.json").read_text())
+    command(train.main, "--work-path", work, *quick, "--lock-method", "horiz", "--seed", 7)
+    result = json.loads((work / "50_horiz" / "seed7" / "result.json").read_text())
     assert (result["lock_method"], result["seed"]) == ("horiz", 7)
     assert result["config"]["locked_test_label"] == f"{place}/test_label_50_horiz"
 
 
-def test_resume_where_nothing_was_started_starts(place, command, capsys):
+def test_resume_where_nothing_was_started_starts(work, command, capsys):
     flags = ["--use_gpu", False, "--ckpt_path", "checkpoints"]
-    command(train.main, "--work-path", place / "preresnet8", "--epochs", 1, "--seed", 8, "--resume", *flags)
-    assert (place / "preresnet8" / "basic" / "seed8" / "checkpoints" / "ckpt.pth.tar").exists()
+    command(train.main, "--work-path", work, "--epochs", 1, "--resume", *flags)
+    assert (work / "basic" / "seed0" / "checkpoints" / "ckpt.pth.tar").exists()
     out = capsys.readouterr().out
     assert "nothing to resume" in out and "no GPU was found" not in out  # none was looked for
 
 
-def test_a_run_whose_checkpoint_is_gone_is_not_started_again(place, locked, command, user_error, capsys, tmp_path):
-    run = ["--work-path", place / "preresnet8", "--epochs", 1, "--seed", 7]
+def test_a_run_without_checkpoints_is_not_started_again(place, work, locked, command, user_error, capsys, tmp_path):
+    run = ["--work-path", work, "--epochs", 1]
     command(train.main, *run)
-    folder = place / "preresnet8" / "basic" / "seed7"
+    folder = work / "basic" / "seed0"
     result = (folder / "result.json").read_bytes()
     told = capsys.readouterr().out.splitlines()[-1]
     gone = ["--resume", "--ckpt_name", "other"]
@@ -199,12 +198,12 @@ def test_a_run_whose_checkpoint_is_gone_is_not_started_again(place, locked, comm
     assert (folder / "result.json").exists()
 
 
-def test_what_a_run_may_be_resumed_with(place, command, user_error, capsys, tmp_path):
+def test_what_a_run_may_be_resumed_with(place, work, command, user_error, capsys, tmp_path):
     """The same data under another path, more epochs where the schedule does not depend on them, and no precision."""
     for path in place.glob("*_basic*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     moved = ["--lock-data", tmp_path]
-    run = ["--work-path", place / "preresnet8", "--seed", 10]
+    run = ["--work-path", work]
     command(train.main, *run, "--epochs", 1, "--precision", "bfloat16")
     command(train.main, *run, "--epochs", 2, "--resume", *moved)
     assert "in bfloat16 (as it was begun)" in capsys.readouterr().out
@@ -216,16 +215,16 @@ def test_what_a_run_may_be_resumed_with(place, command, user_error, capsys, tmp_
     (tmp_path / "lock_basic.json").unlink()
     (tmp_path / "train_image_basic").write_bytes((place / "train_image_50_horiz").read_bytes())
     assert "trained on other data" in user_error(train.main, *run, "--epochs", 2, "--resume", *moved)
-    cosine = [*run, "--seed", 11, "--lr_scheduler.type", "COSINE"]
+    cosine = [*run, "--seed", 1, "--lr_scheduler.type", "COSINE"]
     command(train.main, *cosine, "--epochs", 1)
     line = user_error(train.main, *cosine, "--epochs", 2, "--resume")
     assert "trained with epochs 1, but it is 2 now" in line
 
 
-def test_a_run_is_never_deleted_unasked(place, command, user_error):
-    run = ["--work-path", place / "preresnet8", "--seed", 12, "--epochs", 1]
+def test_a_run_is_never_deleted_unasked(work, command, user_error):
+    run = ["--work-path", work, "--epochs", 1]
     command(train.main, *run, "--ckpt_name", "mine")
-    folder = place / "preresnet8" / "basic" / "seed12"
+    folder = work / "basic" / "seed0"
     (folder / "result.json").unlink()
     assert "holds a run already" in user_error(train.main, *run)
     assert "nesterov" in user_error(train.main, *run, "--overwrite", "--optimize.momentum", 0)
@@ -237,10 +236,10 @@ def test_a_run_is_never_deleted_unasked(place, command, user_error):
     assert "made_with.json: damaged" in user_error(train.main, *run, "--resume")
 
 
-def test_training_goes_on_from_pretrained_weights(place, command, user_error, capsys):
-    run = ["--work-path", place / "preresnet8", "--epochs", 1, "--precision", "float32"]
+def test_training_goes_on_from_pretrained_weights(place, work, command, user_error, capsys):
+    run = ["--work-path", work, "--epochs", 1, "--precision", "float32"]
     command(train.main, *run, "--seed", 50)
-    given = place / "preresnet8" / "basic" / "seed50" / "ckpt.pth.tar"
+    given = work / "basic" / "seed50" / "ckpt.pth.tar"
     trained = [*run, "--seed", 51, "--pretrained", given, "--lr_scheduler.base_lr", 0]
     for more in ([], ["--seed", 53, "--resume"]):  # as python -m experiments gives it from the start
         command(train.main, *trained, *more)
@@ -253,7 +252,7 @@ def test_training_goes_on_from_pretrained_weights(place, command, user_error, ca
     assert "none: no such file" in line and given.exists()
     line = user_error(train.main, *run, "--seed", 50, "--overwrite", "--pretrained", given)  # of the run itself
     assert f"{given}: --overwrite would delete it" in line and given.exists()
-    given.rename(place / "gone")  # a run that has begun needs it no more
+    given.rename(work / "gone")  # a run that has begun needs it no more
     command(train.main, *trained, "--epochs", 2, "--resume")
     starts = json.loads((given.parents[1] / "seed51" / "result.json").read_text())["made_with"]
     assert [start.get("pretrained_sha256") for start in starts] == [digest, None]
@@ -275,15 +274,14 @@ def test_a_full_memory_is_one_line(user_error, error):
     assert "the memory is full; take smaller batches" in user_error(main)
 
 
-def test_mistakes_in_training(place, user_error, command, tmp_path):
-    work = place / "preresnet8"
-    command(train.main, "--work-path", work, "--epochs", 1, "--seed", 9)
-    assert "holds a run already: go on with --resume" in user_error(train.main, "--work-path", work, "--seed", 9)
-    line = user_error(train.main, "--work-path", work, "--seed", 9, "--resume", "--batch_size", 8)
+def test_mistakes_in_training(place, work, user_error, command, tmp_path):
+    command(train.main, "--work-path", work, "--epochs", 1)
+    assert "holds a run already: go on with --resume" in user_error(train.main, "--work-path", work)
+    line = user_error(train.main, "--work-path", work, "--resume", "--batch_size", 8)
     assert "trained with batch_size 128, but it is 8 now" in line
-    checkpoint = work / "basic" / "seed9" / "ckpt.pth.tar"
+    checkpoint = work / "basic" / "seed0" / "ckpt.pth.tar"
     checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
-    line = user_error(train.main, "--work-path", work, "--seed", 9, "--resume")
+    line = user_error(train.main, "--work-path", work, "--resume")
     assert f"{checkpoint}: damaged" in line and "there is no other; start again with --overwrite" in line
     assert "config.yaml: no such file" in user_error(train.main, "--work-path", tmp_path)
     assert "--epoch; did you mean 'epochs'?" in user_error(train.main, "--work-path", work, "--epoch", 3)
@@ -298,7 +296,7 @@ def test_mistakes_in_training(place, user_error, command, tmp_path):
     assert f"train_image_12.34567_mixup: no such file; make it with python lock.py --lock-data {place}" in line
     assert "--lambd 0.1234567 " in line
     assert "--alpha goes with --lock-method" in user_error(train.main, "--work-path", work, "--alpha", 0.3)
-    alone = ["--architecture", "mobilenet_v2", "--batch_size", 95, "--seed", 9, "--overwrite"]  # of 96 images
+    alone = ["--architecture", "mobilenet_v2", "--batch_size", 95, "--overwrite"]  # of 96 images
     assert "batch_size 95: leaves the last of 96 images" in user_error(train.main, "--work-path", work, *alone)
     assert checkpoint.exists()
     line = user_error(
@@ -444,46 +442,46 @@ def test_a_mistake_from_the_shell():
         assert process.returncode == 2 and len(error.strip().splitlines()) == 1, script
 
 
-def test_what_a_run_draws_from_and_whether_it_is_compiled(place, command, monkeypatch):
+def test_what_a_run_draws_from_and_whether_it_is_compiled(work, command, monkeypatch):
     """Its seed; and auto asks whether it is on a GPU, and how many images it will train on, each time counted."""
     seeds, asked, make_model = [], [], train.make_model
     monkeypatch.setattr(train.utils, "pick_compile", lambda name, *rest: asked.append(rest) or "never")
     monkeypatch.setattr(train, "make_model", lambda *args: seeds.append(torch.initial_seed()) or make_model(*args))
-    command(train.main, "--work-path", place / "preresnet8", "--epochs", 1, "--seed", 77)
+    command(train.main, "--work-path", work, "--epochs", 1, "--seed", 77)
     assert seeds == [77] and asked == [(False, 96)]
 
 
-def test_mistakes_in_names_and_labels(place, user_error, tmp_path, locked):
-    work = ["--work-path", place / "preresnet8", "--seed", 40, "--epochs", 1]
+def test_mistakes_in_names_and_labels(place, work, user_error, tmp_path, locked):
+    run = ["--work-path", work, "--epochs", 1]
     for name in ("../a", ".a", "seed1"):
-        assert "must be the name of a folder" in user_error(train.main, *work, "--name", name)
-    assert "--name plain: is what tables call" in user_error(train.main, *work, "--name", "plain")
+        assert "must be the name of a folder" in user_error(train.main, *run, "--name", name)
+    assert "--name plain: is what tables call" in user_error(train.main, *run, "--name", "plain")
     for name in ("test_image", "test_label"):
         (tmp_path / f"{name}_other").write_bytes((place / f"{name}_basic").read_bytes())
     flags = ["--locked_test_image", tmp_path / "test_image_other", "--locked_test_label", tmp_path / "test_label_other"]
-    line = user_error(train.main, *work, *flags)
+    line = user_error(train.main, *run, *flags)
     assert "test_image_other: has no manifest, but the files of the other split do" in line
-    line = user_error(train.main, *work, "--locked_train_image", place / "train_label_basic")
+    line = user_error(train.main, *run, "--locked_train_image", place / "train_label_basic")
     assert "train_label_basic: not the name of a file of images" in line
     path = locked / "lock_basic.json"
     manifest = json.loads(path.read_text())
     manifest["settings"]["classes"][:2] = ["1", "0"]
     path.write_text(json.dumps(manifest))
-    assert "its classes are not those of none" in user_error(train.main, *work, "--lock-data", locked)
+    assert "its classes are not those of none" in user_error(train.main, *run, "--lock-data", locked)
     path.unlink()
-    line = user_error(train.main, *work, "--lock-data", locked, "--num_classes", 9)
+    line = user_error(train.main, *run, "--lock-data", locked, "--num_classes", 9)
     assert "labels go from 0 to 9, but num_classes is 9" in line
     labels = torch.arange(96) % 10 - 1
     (locked / "test_label_basic").write_bytes(lockfiles.to_bytes(labels))
     (locked / "train_label_basic").write_bytes(lockfiles.to_bytes(labels))
-    assert "labels go from -1 to 8" in user_error(train.main, *work, "--lock-data", locked)
+    assert "labels go from -1 to 8" in user_error(train.main, *run, "--lock-data", locked)
 
 
-def test_labels_of_another_order_are_told(place, locked, command, capsys):
+def test_labels_of_another_order_are_told(work, locked, command, capsys):
     (locked / "lock_basic.json").unlink()
     labels = torch.cat(torch.load(locked / "test_label_basic")).flip(0)
     (locked / "test_label_basic").write_bytes(lockfiles.to_bytes(labels))
-    command(train.main, "--work-path", place / "preresnet8", "--lock-data", locked, "--seed", 41, "--epochs", 1)
+    command(train.main, "--work-path", work, "--lock-data", locked, "--epochs", 1)
     assert "warning: the labels of the locked and the original test set differ" in capsys.readouterr().out
 
 

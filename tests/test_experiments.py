@@ -307,11 +307,10 @@ def test_all_is_every_method_and_variant_and_each_run_may_go_on(monkeypatch, tmp
     assert all("--resume" in command for command in study.commands(args, rest))
 
 
-def test_every_combination_is_run_and_a_failure_costs_no_other_run(place, command, capsys, tmp_path):
+def test_every_combination_is_run_and_a_failure_costs_no_other_run(work, command, capsys):
     """The first of two methods is missing; the table shows what the others found, when it is gathered."""
-    (tmp_path / "config.yaml").write_text((place / "preresnet8" / "config.yaml").read_text())
-    (tmp_path / "link").symlink_to(tmp_path)
-    flags = ["--run", "--work-path", tmp_path, tmp_path / "link", "--lock-method", "mixup", "basic"]
+    (work / "link").symlink_to(work)
+    flags = ["--run", "--work-path", work, work / "link", "--lock-method", "mixup", "basic"]
     flags += ["--variant", "control", "jpeg10"]
     with pytest.raises(SystemExit):
         command(study.main, *flags, "--seed", 3, 3, "--jobs", 2, "--epochs", 1)
@@ -319,13 +318,13 @@ def test_every_combination_is_run_and_a_failure_costs_no_other_run(place, comman
     assert "2 of 4 runs failed, see above; the same command tries them again" in error
     assert out.count("train_image_50_mixup: no such file") == 2
     assert "preresnet8, basic, jpeg10, seed 3, 1 epochs" in out
-    command(study.main, "--work-path", tmp_path)
+    command(study.main, "--work-path", work)
     assert [line.split("|")[3:5] for line in capsys.readouterr().out.splitlines()[2:]] == [
         [" basic ", " control "],
         [" basic ", " jpeg10 "],
     ]
     for name, keys in {"control": ("original", 0), "jpeg10": ("locked", 10)}.items():
-        config = json.loads((tmp_path / "basic" / name / "seed3" / "result.json").read_text())["config"]
+        config = json.loads((work / "basic" / name / "seed3" / "result.json").read_text())["config"]
         assert (config["train_on"], config["preprocess"]["jpeg_quality"], config["epochs"]) == (*keys, 1)
 
 
@@ -374,19 +373,18 @@ def test_an_error_that_nobody_foresaw_is_told_as_a_whole():
     assert study.run([sys.executable, "-c", "exit(1)"], slots, 1, [], Event()) == (1, "exit code 1")
 
 
-def test_an_interrupt_ends_what_is_running_and_starts_no_more(place, tmp_path):
+def test_an_interrupt_ends_what_is_running_and_starts_no_more(work):
     """SIGTERM, which reaches the parent alone, when the first of two trainings has written its log."""
-    (tmp_path / "config.yaml").write_text((place / "preresnet8" / "config.yaml").read_text())
-    command = [sys.executable, *f"-m experiments --run --work-path {tmp_path} --seed 1 2 --epochs 999".split()]
+    command = [sys.executable, *f"-m experiments --run --work-path {work} --seed 1 2 --epochs 999".split()]
     options = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     with subprocess.Popen(command, **options) as process:
-        while not (tmp_path / "basic" / "seed1" / "log.txt").exists():
+        while not (work / "basic" / "seed1" / "log.txt").exists():
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 130 and "goes on from here" in process.stderr.read()
-    with utils.exclusive(tmp_path / "basic" / "seed1"):  # nobody writes there any more
-        assert not (tmp_path / "basic" / "seed2").exists()
+    with utils.exclusive(work / "basic" / "seed1"):  # nobody writes there any more
+        assert not (work / "basic" / "seed2").exists()
 
 
 def test_every_variant_is_one_that_train_knows(tmp_path):

@@ -1,22 +1,16 @@
 """Processes that are killed, disks that are full, damaged files: nothing finished is lost, and nothing is silent."""
 
 import json
-import math
-import multiprocessing
 import os
 import random
-import resource
 import shutil
-import sys
 import tempfile
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 
 import checkpoints
 import data
@@ -25,44 +19,7 @@ import train
 import utils
 from models import base
 from tests.conftest import base_flags, flip_bit, lock_flags
-
-# Processes are forked from one that has imported everything, and computed nothing: they start at once.
-PROCESSES = multiprocessing.get_context("forkserver")
-TURN = threading.Lock()  # as one process starts, it asks all others for their exit codes, which can be read but once
-PROCESSES.set_forkserver_preload(["lock", "train", "sklearn.datasets", "torchmetrics"])
-
-
-def call(main, arguments, output, file_size):
-    """What a process does: a command, its output in a file, its files no longer than file_size bytes."""
-    torch.set_num_threads(1)
-    sys.argv = ["command", *map(str, arguments)]
-    if file_size:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    with open(output, "w") as file, redirect_stdout(file), redirect_stderr(file):
-        utils.run_command(main)
-
-
-def start(main, arguments, output="/dev/null", file_size=None):
-    process = PROCESSES.Process(target=call, args=(main, arguments, output, file_size))
-    with TURN:
-        process.start()
-    return process
-
-
-def wait(process, seconds=math.inf):
-    """The exit code of a process, or None where it still runs after so many seconds."""
-    end = time.time() + seconds
-    while True:
-        with TURN:
-            code = process.exitcode
-        if code is not None or time.time() > end:
-            return code
-        time.sleep(0.01)
-
-
-def finish(*arguments, **options):
-    """Run a command in a process of its own; returns its exit code."""
-    return wait(start(*arguments, **options))
+from tests.processes import TURN, finish, start, wait
 
 
 def kill_at_random_moments(main, arguments_in, folders):
@@ -120,11 +77,10 @@ def test_a_lock_that_is_killed_and_started_again_ends_as_one_that_was_not(place,
         assert contents(folder) == undisturbed
 
 
-def test_a_training_that_is_killed_and_started_again_ends_as_one_that_was_not(place, tmp_path):
+def test_a_training_that_is_killed_and_started_again_ends_as_one_that_was_not(work, tmp_path):
     folders = [tmp_path / str(index) for index in range(21)]
     for folder in folders:
-        folder.mkdir()
-        (folder / "config.yaml").write_text((place / "preresnet8" / "config.yaml").read_text())
+        shutil.copytree(work, folder)
 
     def arguments_in(folder):
         return ["--work-path", folder, "--epochs", 5, "--batch_size", 48, "--eval_freq", 2, "--resume"]
@@ -157,12 +113,11 @@ def test_a_full_disk_costs_no_shard_and_no_older_lock(place, tmp_path):
 
 
 @pytest.fixture
-def two_epochs(place, tmp_path):
-    """Flags of a training of its own, of which two epochs are done, and the path of its checkpoint."""
-    (tmp_path / "config.yaml").write_text((place / "preresnet8" / "config.yaml").read_text())
-    flags = ["--work-path", tmp_path, "--batch_size", 48, "--resume"]
+def two_epochs(work):
+    """Flags of a training of which two epochs are done, and the path of its checkpoint."""
+    flags = ["--work-path", work, "--batch_size", 48, "--resume"]
     assert finish(train.main, [*flags, "--epochs", 2]) == 0
-    return flags, tmp_path / "basic" / "seed0" / "ckpt.pth.tar"
+    return flags, work / "basic" / "seed0" / "ckpt.pth.tar"
 
 
 def test_a_full_disk_costs_no_checkpoint(two_epochs, tmp_path):
@@ -186,7 +141,7 @@ def test_a_full_disk_costs_no_base_classifier(place, tmp_path):
         assert (folder / name).read_bytes() == (place / "base" / name).read_bytes()
 
 
-def test_a_checkpoint_that_is_cut_short_costs_one_epoch(two_epochs, tmp_path):
+def test_a_checkpoint_that_is_cut_short_costs_one_epoch(two_epochs, work, tmp_path):
     flags, checkpoint = two_epochs
     checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
     assert finish(train.main, [*flags, "--epochs", 3], tmp_path / "output") == 0
@@ -199,8 +154,7 @@ def test_a_checkpoint_that_is_cut_short_costs_one_epoch(two_epochs, tmp_path):
     (checkpoint.parent / "result.json").unlink()  # or else the run would be finished
     assert finish(train.main, [*flags, "--epochs", 3]) == 0
     other = tmp_path / "undisturbed"
-    other.mkdir()
-    (other / "config.yaml").write_text((tmp_path / "config.yaml").read_text())
+    shutil.copytree(work, other, ignore=shutil.ignore_patterns("basic"))
     assert finish(train.main, ["--work-path", other, *flags[2:], "--epochs", 3]) == 0
     assert checkpoint.read_bytes() == (other / "basic" / "seed0" / "ckpt.pth.tar").read_bytes()
 
@@ -245,10 +199,10 @@ def test_two_processes_do_not_write_to_one_folder(place, two_epochs, user_error,
 
 
 @pytest.mark.parametrize("name", ["train_image_basic", "test_label_basic"])
-def test_a_locked_file_that_is_damaged(place, locked, user_error, name):
+def test_a_locked_file_that_is_damaged(place, work, locked, user_error, name):
     content = (locked / name).read_bytes()
     (locked / name).write_bytes(flip_bit(content, len(content) // 2))
-    line = user_error(train.main, "--work-path", place / "preresnet8", "--lock-data", locked, "--seed", 20)
+    line = user_error(train.main, "--work-path", work, "--lock-data", locked)
     assert f"{locked}/{name}: changed or damaged since it was locked" in line
     assert f"{locked}/{name}: changed or damaged" in user_error(lock.main, *lock_flags(place, locked))
     assert "not as they were locked: 1, see above" in user_error(lock.main, "--verify", locked)

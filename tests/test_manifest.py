@@ -74,29 +74,29 @@ def test_a_tensors_hash_tells_order_values_shape_and_type_apart():
     assert len({lockfiles.hash_tensor(one) for one in [images, images.clone(), *others]}) == 5
 
 
-def test_the_result_of_a_training_holds_the_manifest(place, command):
-    command(train.main, "--work-path", place / "preresnet8", "--epochs", 1, "--seed", 30)
-    result = json.loads((place / "preresnet8" / "basic" / "seed30" / "result.json").read_text())
+def test_the_result_of_a_training_holds_the_manifest(place, work, command):
+    command(train.main, "--work-path", work, "--epochs", 1)
+    result = json.loads((work / "basic" / "seed0" / "result.json").read_text())
     assert result["lock"] == manifest_of(place)
     (start,) = result["made_with"]
     assert (start["torch"], start["threads"]) == (torch.__version__, torch.get_num_threads())
     assert start["commit"] is None or re.fullmatch("[0-9a-f]{40}(-dirty)?", start["commit"])
     assert abs(datetime.fromisoformat(start["date"]).timestamp() - time.time()) < 1000
-    assert start["command"] == f"command --work-path {place}/preresnet8 --epochs 1 --seed 30"
+    assert start["command"] == f"command --work-path {work} --epochs 1"
 
 
-def test_locked_files_without_a_manifest_are_taken_and_the_log_says_so(place, locked, command, capsys):
+def test_locked_files_without_a_manifest_are_taken_and_the_log_says_so(work, locked, command, capsys):
     (locked / "lock_basic.json").unlink()
-    flags = ["--work-path", place / "preresnet8", "--epochs", 1]
-    command(train.main, *flags, "--seed", 31, "--lock-data", locked)
+    flags = ["--work-path", work, "--epochs", 1]
+    command(train.main, *flags, "--lock-data", locked)
     assert "the locked files have no manifest" in capsys.readouterr().out
-    assert json.loads((place / "preresnet8" / "basic" / "seed31" / "result.json").read_text())["lock"] is None
+    assert json.loads((work / "basic" / "seed0" / "result.json").read_text())["lock"] is None
 
 
-def test_files_that_do_not_belong_together(place, user_error, monkeypatch):
+def test_files_that_do_not_belong_together(place, work, user_error, monkeypatch):
     def refusal(**paths):
         flags = [part for key, name in paths.items() for part in (f"--locked_{key}", place / name)]
-        return user_error(train.main, "--work-path", place / "preresnet8", "--seed", 32, *flags)
+        return user_error(train.main, "--work-path", work, *flags)
 
     line = refusal(train_image="train_image_basic", train_label="test_label_basic")
     assert "test_label_basic: not the labels that were locked with" in line
@@ -117,10 +117,10 @@ def test_files_that_do_not_belong_together(place, user_error, monkeypatch):
     changed = digits._replace(load=lambda root, split: changes["images"](digits.load(root, split)) if split == "train"
                               else digits.load(root, split))  # fmt: skip
     monkeypatch.setitem(data.DATASETS, "digits", changed)
-    control = ["--work-path", place / "preresnet8", "--seed", 32, "--train_on", "original"]
+    control = ["--work-path", work, "--train_on", "original"]
     assert "train_image_basic: locked from other images" in user_error(train.main, *control)
     monkeypatch.setitem(data.DATASETS, "cifar10", digits)
-    line = user_error(train.main, "--work-path", place / "preresnet8", "--seed", 32, "--dataset", "cifar10")
+    line = user_error(train.main, "--work-path", work, "--dataset", "cifar10")
     assert "the data set is digits, but the config says cifar10" in line
 
 
@@ -399,7 +399,7 @@ def test_an_interrupted_lock_goes_on_and_leaves_the_old_one_whole_until_it_is_do
         assert (locked / name).read_bytes() == (locked.parent / "undisturbed" / name).read_bytes()
 
 
-def test_an_interrupted_lock_is_not_continued_with_other_settings(place, command, monkeypatch, user_error, tmp_path):
+def test_an_interrupted_lock_goes_on_with_no_other_settings(place, work, command, monkeypatch, user_error, tmp_path):
     interrupt(monkeypatch, at=1)
     with pytest.raises(SystemExit):
         command(lock.main, *lock_flags(place, tmp_path), "--eps", 0.6)
@@ -408,7 +408,7 @@ def test_an_interrupted_lock_is_not_continued_with_other_settings(place, command
         command(lock.main, *lock_flags(place, tmp_path))
     line = user_error(lock.main, *lock_flags(place, tmp_path), "--batch-size", 50)
     assert ".lock_basic was made with batch_size 40, but now it is 50" in line
-    line = user_error(train.main, "--work-path", place / "preresnet8", "--lock-data", tmp_path, "--seed", 33)
+    line = user_error(train.main, "--work-path", work, "--lock-data", tmp_path)
     assert "train_image_basic: this lock is not finished; the command that began it finishes it" in line
     sizes = interrupt(monkeypatch, at=None)
     command(lock.main, *lock_flags(place, tmp_path), "--batch-size", 50, "--overwrite")
@@ -453,7 +453,7 @@ def sums_alone(manifest):
     return {name: entry for name, entry in manifest["files"].items() if name.endswith(".sha256")}
 
 
-def test_png_files_hold_what_the_tensors_hold(place, locked, command, monkeypatch, user_error, tmp_path):
+def test_png_files_hold_what_the_tensors_hold(place, work, locked, command, monkeypatch, user_error, tmp_path):
     """Added to a finished lock without an attack; changed ones are found out; alone, they are trained on."""
     forbid_attacks(monkeypatch)
     command(lock.main, *lock_flags(place, locked), "--format", "png", "tensor")
@@ -478,14 +478,14 @@ def test_png_files_hold_what_the_tensors_hold(place, locked, command, monkeypatc
     alone = ["--lock-data", tmp_path / "alone"]
     command(lock.main, *lock_flags(place), *alone, "--format", "png")
     assert not (tmp_path / "alone" / "train_image_basic").exists()
-    run = ["--work-path", place / "preresnet8", "--epochs", 1]
-    command(train.main, *run, "--seed", 34, *alone)
-    result = json.loads((place / "preresnet8" / "basic" / "seed34" / "result.json").read_text())
+    run = ["--work-path", work, "--epochs", 1]
+    command(train.main, *run, *alone)
+    result = json.loads((work / "basic" / "seed0" / "result.json").read_text())
     assert list(result["lock"]["files"]) == ["basic/train.sha256", "basic/test.sha256"]
     path, other = (next((tmp_path / "alone" / "basic" / "test" / label).iterdir()) for label in "34")
     content = path.read_bytes()
     path.write_bytes(other.read_bytes())
-    assert f"{path}: absent, or changed" in user_error(train.main, *run, "--seed", 34, "--overwrite", *alone)
+    assert f"{path}: absent, or changed" in user_error(train.main, *run, "--overwrite", *alone)
     path.write_bytes(content)
     sealed = ["--format", "png", "--key-out", tmp_path / "key"]  # a seal is added to PNG files alone, too
     command(lock.main, *lock_flags(place), *alone, *sealed)
