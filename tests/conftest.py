@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import sys
@@ -150,6 +151,14 @@ def lock_flags(place, folder=None):
     """Flags that lock the first 96 digits, in short, into a folder."""
     return ["--dataset", "digits", "--arch", "preresnet8", "--resume-path", place / "base" / "checkpoint.pt.best",
             "--lock-data", folder or place, "--attack-steps", 3, "--subset", 96, "--batch-size", 40]  # fmt: skip
+
+
+def manifest_of(folder, suffix="basic"):
+    return json.loads((folder / f"lock_{suffix}.json").read_text())
+
+
+def forbid_attacks(monkeypatch):
+    monkeypatch.setattr(lock, "attack", lambda *args: pytest.fail("an attack was computed again"))
 
 
 def flip_bit(content, position):

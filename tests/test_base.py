@@ -1,7 +1,9 @@
-"""Base classifiers: what can be loaded, and what is refused."""
+"""Base classifiers: trained, resumed, evaluated, loaded, and what is refused."""
 
 import errno
 import math
+import re
+import shutil
 from argparse import Namespace
 
 import dill
@@ -266,3 +268,140 @@ def test_a_store_on_a_file_system_that_cannot_lock(tmp_path):
     with open(tmp_path / "store.h5", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         tables.open_file(tmp_path / "store.h5", "w").close()
+
+
+def test_a_base_classifier_is_evaluated_alone(place, command, capsys, monkeypatch, tmp_path):
+    """In a folder that holds a classifier, too; also where git fails in more ways than robustness expects: in another
+    user's clone, or one without a commit."""
+    monkeypatch.setattr("git.Repo", lambda *args, **options: 1 / 0)
+    best = place / "base" / "checkpoint.pt.best"
+    command(base.train, "--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--out-dir", tmp_path,
+            "--exp-name", "evaluated", "--eval-only", 1, "--resume", best, "--adv-eval", 1, "--constraint", 2,
+            "--eps", 1, "--attack-lr", 1, "--attack-steps", 1)  # fmt: skip
+    accuracy = base.read_checkpoint(best)["nat_prec1"]
+    out = capsys.readouterr().out
+    assert f"accuracy {accuracy:.2f} % on the test set, loss " in out
+    assert float(re.search("accuracy (.*) % on the attacked test set, loss ", out)[1]) < accuracy
+    shutil.copy(best, tmp_path / "evaluated")
+    for name in (["--exp-name", "evaluated"], []):  # a folder that holds a classifier, and a new one
+        command(base.train, "--dataset", "digits", "--arch", "preresnet8", "--out-dir", tmp_path, "--eval-only", 1,
+                "--resume", best, *name)  # fmt: skip
+        out = capsys.readouterr().out
+        assert f"accuracy {accuracy:.2f} % on the test set, loss " in out and "attacked" not in out
+
+
+def test_mistakes_in_the_base_classifier(place, user_error, tmp_path):
+    flags = base_flags(place)
+    resume = ["--resume", place / "base" / "checkpoint.pt.latest"]
+    for more in ([], resume):  # without its optimizer it would start anew
+        assert "holds a classifier already, finished or not" in user_error(base.train, *flags, *more)
+    (tmp_path / "base").mkdir()
+    shutil.copy(resume[1], tmp_path / "base")  # without a best one, it is still a classifier
+    assert "holds a classifier already" in user_error(base.train, *flags, "--out-dir", tmp_path)
+    line = user_error(base.train, *flags, "--out-dir", tmp_path, *resume, "--resume-optimizer", 1)  # with another one
+    assert "holds a classifier already" in line
+    adversarial = ["--adv-train", 1, "--constraint", 2, "--eps", 1, "--attack-lr", 1]
+    line = user_error(base.train, *flags, *resume, "--resume-optimizer", 1, *adversarial)
+    assert f"{resume[1]}: was trained with another --adv-train" in line
+    torch.save({"model": torch.load(resume[1])["model"]}, tmp_path / "weights")
+    resume = ["--exp-name", "new", "--resume", tmp_path / "weights", "--resume-optimizer", 1]
+    assert "weights: holds no optimizer that fits" in user_error(base.train, *flags, *resume)
+    assert "--dataset is required" in user_error(base.train, *flags[2:])
+    assert "--adv-train required" in user_error(base.train, *flags[:2], *flags[4:])
+    assert "unknown name 'resnet49'" in user_error(base.train, *flags, "--exp-name", "new", "--arch", "resnet49")
+    line = user_error(base.train, *flags, "--exp-name", "new", "--dataset", "cifar", "--data", tmp_path)
+    assert f"{tmp_path}: CIFAR-10 is not there" in line
+    assert "at least 1" in user_error(base.train, *flags, "--exp-name", "new", "--batch-size", 0)
+    for eps in ("exit()", -0.5, "1e999"):
+        assert f"--eps {eps}: expected a number" in user_error(base.train, *flags, "--exp-name", "new", "--eps", eps)
+    assert "--resume is required" in user_error(base.train, *flags, "--exp-name", "new", "--eval-only", 1)
+    assert "--save-ckpt-iters 0" in user_error(base.train, *flags, "--exp-name", "new", "--save-ckpt-iters", 0)
+    for text in ("exit()", "[]", "[(10, 1), (5, 1)]", "[(0, 1e999)]", "[(0, -1)]"):
+        line = user_error(base.train, *flags, "--exp-name", "new", "--custom-lr-multiplier", text)
+        assert f"--custom-lr-multiplier {text}: expected [(epoch, factor), ...]" in line
+    for text in ("exit()", "cyclic"):
+        line = user_error(base.train, *flags, "--exp-name", "new", "--custom-eps-multiplier", text)
+        assert f"--custom-eps-multiplier {text}: expected [(epoch, factor), ...]" in line
+    evaluated = ["--dataset", "digits", "--arch", "preresnet8", "--eval-only", 1]
+    assert "--out-dir is required" in user_error(base.train, *evaluated, "--resume", tmp_path / "weights")
+    for more in (["--mixed-precision", 1], ["--constraint", "unconstrained", "--random-start", 1]):
+        line = user_error(base.train, *flags, "--exp-name", "new", *more)
+        assert "--mixed-precision 1, " in line and "do not work in robustness 1.2.1" in line
+    line = user_error(base.train, *flags, "--exp-name", "new", "--step-lr-gamma", "nan")
+    assert "--step-lr-gamma nan: must be a finite number" in line
+    line = user_error(base.train, *flags, "--exp-name", "new", "--arch", "mobilenet_v2", "--batch-size", 359)
+    assert "--batch-size 359: leaves the last of 1437 images" in line
+    assert not (place / "new").exists()
+
+
+def test_base_classifier_is_resumed(photos, tmp_path, command):
+    """At the next epoch's learning rate; only what is better than the best takes its place, as does a better latest."""
+    folder, flags = tmp_path / "base", [*base_flags(tmp_path, photos), "--step-lr", 1]
+    command(base.train, *flags, "--epochs", 1)
+    latest, best = folder / "checkpoint.pt.latest", folder / "checkpoint.pt.best"
+    command(base.train, *flags, "--epochs", 1, "--exp-name", "same")
+    weights, same = (torch.load(path)["model"] for path in (latest, tmp_path / "same" / "checkpoint.pt.latest"))
+    assert all(torch.equal(value, same[name]) for name, value in weights.items())
+    for of_best, of_latest, epochs, expected in ((101.0, 50.0, 3, 1), (-1.0, -1.0, 4, 4), (0.0, 101.0, 5, 4)):
+        torch.save({**torch.load(best), "nat_prec1": of_best}, best)
+        torch.save({**torch.load(latest), "nat_prec1": of_latest}, latest)
+        command(base.train, *flags, "--epochs", epochs, "--lr", 7, "--resume", latest, "--resume-optimizer", 1)
+        assert torch.load(latest)["epoch"] == epochs
+        assert torch.load(best)["epoch"] == expected
+    assert torch.load(latest)["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.00001)
+    assert (folder / "store.2.h5").exists()
+
+
+def test_a_base_classifier_without_a_schedule_goes_on(photos, tmp_path, command):
+    """--step-lr 0, for which robustness makes no schedule: at the learning rate that it was begun with."""
+    flags, latest = [*base_flags(tmp_path, photos), "--step-lr", 0], tmp_path / "base" / "checkpoint.pt.latest"
+    command(base.train, *flags, "--epochs", 1)
+    command(base.train, *flags, "--epochs", 5, "--lr", 7, "--resume", latest, "--resume-optimizer", 1)
+    assert torch.load(latest)["epoch"] == 5
+    assert torch.load(latest)["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.1)
+
+
+def test_a_base_classifier_is_trained_adversarially(photos, tmp_path, command, monkeypatch):
+    monkeypatch.setattr(base, "report", lambda *args: None)  # nothing may be classified right
+    command(base.train, *base_flags(tmp_path, photos), "--epochs", 1, "--precision", "bfloat16", "--adv-train", 1,
+            "--constraint", 2, "--eps", 0.5, "--attack-lr", 0.2, "--attack-steps", 2)  # fmt: skip
+    assert "adv_prec1" in base.read_checkpoint(tmp_path / "base" / "checkpoint.pt.latest")
+
+
+def test_a_base_classifier_is_trained_as_its_flags_say(monkeypatch, command, capsys, tmp_path):
+    """What would be trained on, the seed, and the defaults of the digits; the training itself is left out."""
+    loaders, seeds, passed, batches, new = [], [], [], base.Batches, base.attacker_model
+    monkeypatch.setattr(base, "Batches", lambda *args, **more: loaders.append(batches(*args, **more)) or loaders[-1])
+    monkeypatch.setattr(base, "attacker_model", lambda *args: seeds.append(torch.initial_seed()) or new(*args))
+    monkeypatch.setattr(base, "report", lambda *args: None)
+    monkeypatch.setattr(base.robustness_main(), "train_model", lambda *args, **options: passed.append(args))
+    for augmented in (1, 0):
+        command(base.train, "--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--out-dir", tmp_path,
+                "--exp-name", augmented, "--data-aug", augmented, "--manual-seed", 9,
+                "--precision", "bfloat16")  # fmt: skip
+        assert "in bfloat16 (as asked for)" in capsys.readouterr().out
+    assert seeds == [9, 9]
+    assert [(one.transform, one.shuffle) for one in loaders] == [
+        (to_float, False), (base.augment_digits, True), (to_float, False), (to_float, True)
+    ]  # fmt: skip
+    for args, _, (train_batches, test_batches) in passed:
+        assert train_batches.shuffle and (len(train_batches.labels), len(test_batches.labels)) == (1437, 360)
+        assert (args.epochs, args.batch_size, args.weight_decay, args.step_lr) == (20, 64, 5e-4, 8)
+
+
+def test_what_a_base_classifier_is_resumed_with(place, command, monkeypatch, tmp_path):
+    """Its weights; and, with its optimizer and schedule, other random numbers than at first."""
+    passed, latest = [], place / "base" / "checkpoint.pt.latest"
+    monkeypatch.setattr(base, "report", lambda *args: None)
+    monkeypatch.setattr(
+        base.robustness_main(), "train_model",
+        lambda args, model, *_, **more: passed.append((torch.initial_seed(), more["checkpoint"], model.state_dict())),
+    )  # fmt: skip
+    for on in (1, 0):
+        command(base.train, *base_flags(tmp_path), "--exp-name", on, "--resume", latest, "--resume-optimizer", on)
+    kept = base.read_checkpoint(latest)
+    assert [seed for seed, *_ in passed] == [23 + kept["epoch"], 23]
+    assert passed[0][1]["epoch"] == kept["epoch"] and passed[1][1] is None
+    for *_, weights in passed:
+        assert weights.keys() == kept["model"].keys()
+        assert all(torch.equal(value, kept["model"][name]) for name, value in weights.items())

@@ -14,7 +14,7 @@ import data
 import lock
 import lockfiles
 import sealing
-from tests.conftest import call, copy_locks, flip_bit, lock_flags
+from tests.conftest import call, copy_locks, flip_bit, forbid_attacks, lock_flags
 from utils import UserError, write_file
 
 
@@ -125,7 +125,7 @@ def sealed_once(place, tmp_path_factory):
     root = tmp_path_factory.mktemp("sealed")
     copy_locks(place, root / "locked")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lock, "attack", lambda *args: pytest.fail("an attack was computed again"))
+        forbid_attacks(patch)
         flags = ["--lock-method", "basic", "horiz", "--key-out", root / "key"]
         call(lock.main, *lock_flags(place, root / "locked"), *flags)
     return root
