@@ -354,7 +354,8 @@ def run(args, config, data, manifest, folder, suffix):
     fresh = not (args.resume and is_begun(checkpoint))  # else the weights are those of the checkpoint
     data_hash = hash_data(data)  # as the files hold them: another CPU may round differently in preprocessing them
     finished = runs.finished_outcome(folder / "result.json", config, data_hash) if args.resume else None
-    data = {name: (preprocess(images, config), labels) for name, (images, labels) in data.items()}
+    if not finished or not picture.exists():
+        data = {name: (preprocess(images, config), labels) for name, (images, labels) in data.items()}
     if finished:  # it has no more need of its checkpoints, which may have been deleted
         if not picture.exists():
             runs.show_pictures(data, picture)

@@ -275,9 +275,8 @@ def test_a_base_classifier_is_evaluated_alone(place, command, capsys, monkeypatc
     user's clone, or one without a commit."""
     monkeypatch.setattr("git.Repo", lambda *args, **options: 1 / 0)
     best = place / "base" / "checkpoint.pt.best"
-    command(base.train, "--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--out-dir", tmp_path,
-            "--exp-name", "evaluated", "--eval-only", 1, "--resume", best, "--adv-eval", 1, "--constraint", 2,
-            "--eps", 1, "--attack-lr", 1, "--attack-steps", 1)  # fmt: skip
+    command(base.train, *base_flags(tmp_path), "--exp-name", "evaluated", "--eval-only", 1, "--resume", best,
+            "--adv-eval", 1, "--constraint", 2, "--eps", 1, "--attack-lr", 1, "--attack-steps", 1)  # fmt: skip
     accuracy = base.read_checkpoint(best)["nat_prec1"]
     out = capsys.readouterr().out
     assert f"accuracy {accuracy:.2f} % on the test set, loss " in out
@@ -376,8 +375,7 @@ def test_a_base_classifier_is_trained_as_its_flags_say(monkeypatch, command, cap
     monkeypatch.setattr(base, "report", lambda *args: None)
     monkeypatch.setattr(base.robustness_main(), "train_model", lambda *args, **options: passed.append(args))
     for augmented in (1, 0):
-        command(base.train, "--dataset", "digits", "--adv-train", 0, "--arch", "preresnet8", "--out-dir", tmp_path,
-                "--exp-name", augmented, "--data-aug", augmented, "--manual-seed", 9,
+        command(base.train, *base_flags(tmp_path), "--exp-name", augmented, "--data-aug", augmented, "--manual-seed", 9,
                 "--precision", "bfloat16")  # fmt: skip
         assert "in bfloat16 (as asked for)" in capsys.readouterr().out
     assert seeds == [9, 9]

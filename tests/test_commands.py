@@ -21,7 +21,7 @@ import train
 from config import KEYS, load_config
 from experiments import __main__ as study
 from models import base
-from tests.conftest import ROOT, lock_flags
+from tests.conftest import ROOT, lock_flags, manifest_of
 
 TRAIN = ["--epochs", 4, "--batch_size", 32, "--mixup", "True", "--augmentation.cutout", "True", "--ckpt_name", "state"]
 
@@ -55,7 +55,7 @@ def test_all_methods_at_once_give_the_files_that_each_gives_alone(place, command
     for suffix in ("basic", "50_horiz"):
         for name in (f"train_image_{suffix}", f"test_image_{suffix}", f"test_label_{suffix}"):
             assert (tmp_path / name).read_bytes() == (place / name).read_bytes()
-        alone, together = (json.loads((folder / f"lock_{suffix}.json").read_text()) for folder in (place, tmp_path))
+        alone, together = (manifest_of(folder, suffix) for folder in (place, tmp_path))
         assert alone["report"] == together["report"]
 
 

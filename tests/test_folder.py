@@ -16,7 +16,7 @@ import lock
 import lockfiles
 import train
 from models import base
-from tests.conftest import ROOT, base_flags, call
+from tests.conftest import ROOT, base_flags, call, manifest_of
 from utils import UserError
 
 # A PNG of 1x1 pixels with 16 bits a colour, which Pillow reads, but cannot write.
@@ -147,7 +147,7 @@ def test_the_three_commands_and_back(digits, command, user_error, tmp_path):
     flags = ["--dataset", "folder", "--orig-data", photos, "--arch", "preresnet8", "--attack-steps", 2,
              "--resume-path", digits / "base" / "checkpoint.pt.best", "--lock-data", locked]  # fmt: skip
     command(lock.main, *flags, "--format", "png", "tensor", "--key-out", key)
-    manifest = json.loads((locked / "lock_basic.json").read_text())
+    manifest = manifest_of(locked)
     assert manifest["settings"]["classes"] == ["3", "4", "5", "6"]
     assert sorted(manifest["settings"]["target_maps"]["T1"]) == [0, 1, 2, 3]
     assert manifest["files"]["train_image_basic"]["shape"][1:] == [3, 20, 24]

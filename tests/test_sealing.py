@@ -14,7 +14,7 @@ import data
 import lock
 import lockfiles
 import sealing
-from tests.conftest import call, copy_locks, flip_bit, forbid_attacks, lock_flags
+from tests.conftest import call, copy_locks, flip_bit, forbid_attacks, lock_flags, manifest_of
 from utils import UserError, write_file
 
 
@@ -233,7 +233,7 @@ def test_what_was_tampered_with_cannot_be_unlocked(sealed, user_error, tmp_path)
     def tamper(change):
         for path, content in files.items():
             path.write_bytes(content)
-        manifest = json.loads((folder / "lock_basic.json").read_text())
+        manifest = manifest_of(folder)
         change(manifest)
         for name, entry in manifest["files"].items():
             entry["sha256"] = lockfiles.sha256((folder / name).read_bytes())
@@ -281,7 +281,7 @@ def test_a_format_that_is_added_without_the_key_leaves_the_seal(place, locked, c
     command(lock.main, *lock_flags(place, locked), "--key-out", tmp_path / "key")
     command(lock.main, *lock_flags(place, locked), "--format", "png")
     command(lock.main, "--verify", locked)
-    assert json.loads((locked / "lock_basic.json").read_text())["sealed_with"]
+    assert manifest_of(locked)["sealed_with"]
     assert (locked / "train_sealed_basic").exists()
 
 
