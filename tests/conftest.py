@@ -108,9 +108,12 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def work(place, tmp_path):
+    return make_work_path(tmp_path / "work", place)
+
+
+def make_work_path(work, place):
     """A work path, with the config of a short training on the shared lock."""
-    work = tmp_path / "work"
-    work.mkdir()
+    work.mkdir(exist_ok=True)
     (work / "config.yaml").write_text(
         f"{{architecture: preresnet8, dataset: digits, orig_data_path: none, eval_freq: 3, "
         f"locked_train_image: {place}/train_image_basic, locked_train_label: {place}/train_label_basic, "

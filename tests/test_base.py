@@ -26,7 +26,7 @@ from models.base import (
     speed_up,
 )
 from tests.conftest import Malicious, base_flags, flip_bit
-from utils import UserError, exclusive
+from utils import UserError
 
 
 @pytest.fixture
@@ -243,13 +243,6 @@ def test_what_a_training_came_to(checkpoint, tmp_path, capsys):
     assert "No epoch was better" in capsys.readouterr().out
     with pytest.raises(UserError, match="nothing was classified right"):
         base.report(Namespace(path=tmp_path), 0, None)
-
-
-def test_a_folder_is_written_to_by_one_training(tmp_path, user_error):
-    with exclusive(tmp_path / "base"):
-        line = user_error(base.train, *base_flags(tmp_path))
-        assert f"{tmp_path / 'base'}: another process is writing there" in line
-        assert [path.name for path in (tmp_path / "base").iterdir()] == [".lock"]
 
 
 def test_curves_that_cannot_be_written_end_a_training(tmp_path, user_error, monkeypatch):

@@ -21,7 +21,7 @@ import train
 from config import KEYS, load_config
 from experiments import __main__ as study
 from models import base
-from tests.conftest import ROOT, lock_flags, manifest_of
+from tests.conftest import ROOT, call, lock_flags, make_work_path, manifest_of
 
 TRAIN = ["--epochs", 4, "--batch_size", 32, "--mixup", "True", "--augmentation.cutout", "True", "--ckpt_name", "state"]
 
@@ -59,20 +59,17 @@ def test_all_methods_at_once_give_the_files_that_each_gives_alone(place, command
         assert alone["report"] == together["report"]
 
 
-def test_train_and_resume(place, work, command, monkeypatch, capsys, tmp_path):
-    """A run that is stopped and resumed ends as one that is not: every bit of its state, and its results."""
-    command(train.main, "--work-path", work, *TRAIN)
-    whole = work / "basic" / "seed0"
-    result = json.loads((whole / "result.json").read_text())
-    assert [record["epoch"] for record in result["history"]] == [1, 3, 4]  # the first, every third, the last
-    assert capsys.readouterr().out.strip().splitlines()[-1].startswith("preresnet8, basic, seed 0, 4 epochs: locked ")
-    assert {"state.pth.tar", "state_best.pth.tar", "log.txt", "images.png"} <= {path.name for path in whole.iterdir()}
-    assert "no GPU was found" in (whole / "log.txt").read_text()
-    shown = train.runs.pictures(data.load_digits(None, "test").images[:10], load(place, "test_image_basic")[:10])
-    assert (data.to_float(data.read_image(whole / "images.png")) - shown).abs().max() < 1 / 255
+@pytest.fixture(scope="module")
+def whole(place, tmp_path_factory):
+    """A work path, in which four epochs were trained without a stop."""
+    work = make_work_path(tmp_path_factory.mktemp("whole"), place)
+    call(train.main, "--work-path", work, *TRAIN)
+    return work
 
-    stopped, shorter = (tmp_path / name for name in ("stopped", "shorter"))
-    shutil.copytree(work, stopped, ignore=shutil.ignore_patterns("basic"))
+
+@pytest.fixture
+def stopped(work, command, monkeypatch):
+    """A work path, in which the same training was stopped in its third epoch."""
     run_epoch = train.run_epoch
 
     def stop_in_epoch_3(learner, step, data, epoch, *rest):
@@ -81,57 +78,87 @@ def test_train_and_resume(place, work, command, monkeypatch, capsys, tmp_path):
             raise KeyboardInterrupt
         return record
 
-    monkeypatch.setattr(train, "run_epoch", stop_in_epoch_3)
-    with pytest.raises(SystemExit):
-        command(train.main, "--work-path", stopped, *TRAIN)
-    monkeypatch.setattr(train, "run_epoch", run_epoch)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "run_epoch", stop_in_epoch_3)
+        command(train.main, "--work-path", work, *TRAIN)
     time.sleep(1)  # TensorBoard reads files in the order of the seconds they were begun in
-    shutil.copytree(stopped, shorter)
-    command(train.main, "--work-path", shorter, *TRAIN, "--resume", "--epochs", 2)
-    folder = shorter / "basic" / "seed0"
-    of_two = json.loads((folder / "result.json").read_text())
-    assert [record["epoch"] for record in of_two["history"]] == [1, 2] and of_two["epochs"] == 2
-    assert torch.load(folder / "state_best.pth.tar")["epoch"] == of_two["best_epoch"]
-    events = EventAccumulator(str(folder / "original")).Reload().Scalars("accuracy/test")
-    assert [event.step for event in events] == [1, 2]
+    return work
 
-    command(train.main, "--work-path", stopped, *TRAIN, "--resume")
-    resumed = stopped / "basic" / "seed0"
-    best = torch.load(whole / "state_best.pth.tar")
+
+def run_of(work):
+    """The folder of the run in a work path, and its result."""
+    folder = work / "basic" / "seed0"
+    return folder, json.loads((folder / "result.json").read_text())
+
+
+def check_curves(folder, result):
+    """The curves of both accuracies are those of the result's history, once for each evaluation."""
+    for name, key in {"locked": "locked_acc", "original": "orig_acc"}.items():
+        events = EventAccumulator(str(folder / name)).Reload().Scalars("accuracy/test")
+        assert [event.step for event in events] == [record["epoch"] for record in result["history"]]
+        assert [event.value for event in events] == pytest.approx([record[key] for record in result["history"]])
+
+
+def test_what_a_run_leaves_behind(whole, place):
+    folder, result = run_of(whole)
+    assert [record["epoch"] for record in result["history"]] == [1, 3, 4]  # the first, every third, the last
+    assert [start["from_epoch"] for start in result["made_with"]] == [1]
+    assert {"state.pth.tar", "state_best.pth.tar", "log.txt", "images.png"} <= {path.name for path in folder.iterdir()}
+    log = (folder / "log.txt").read_text()
+    assert "no GPU was found" in log
+    assert "  preresnet8, basic, seed 0, 4 epochs: locked " in log.splitlines()[-1]
+    shown = train.runs.pictures(data.load_digits(None, "test").images[:10], load(place, "test_image_basic")[:10])
+    assert (data.to_float(data.read_image(folder / "images.png")) - shown).abs().max() < 1 / 255
+    best = torch.load(folder / "state_best.pth.tar")
     history = json.loads(best["history"])
     assert best["epoch"] == result["best_epoch"] == max(history, key=lambda record: record["locked_acc"])["epoch"]
-    for name in ("state.pth.tar", "state_best.pth.tar"):
-        assert (whole / name).read_bytes() == (resumed / name).read_bytes()
-    result_of_resumed = json.loads((resumed / "result.json").read_text())
-    starts = result_of_resumed.pop("made_with")
-    assert [start["from_epoch"] for start in starts] == [1, 3]  # the third epoch was not kept
-    assert "--resume" in starts[1]["command"] and "--resume" not in starts[0]["command"]
-    assert [start["from_epoch"] for start in result.pop("made_with")] == [1]
-    assert result_of_resumed == result
-    for folder in (whole, resumed):
-        for name, key in {"locked": "locked_acc", "original": "orig_acc"}.items():
-            events = EventAccumulator(str(folder / name)).Reload().Scalars("accuracy/test")
-            assert [event.step for event in events] == [1, 3, 4]
-            assert [event.value for event in events] == pytest.approx([record[key] for record in result["history"]])
-    events = EventAccumulator(str(resumed)).Reload()
+    check_curves(folder, result)
+    events = EventAccumulator(str(folder)).Reload()
     assert events.Scalars("loss/train")[-1].step == 4
     assert events.Scalars("final/orig_acc")[0].value == pytest.approx(result["orig_acc"])
     assert "_hparams_/session_start_info" in events.summary_metadata
     assert b"lr_scheduler.base_lr" in events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
     assert len(events.Images("images/originals, locked, 10 x difference")) == 1
-    content = (resumed / "result.json").read_bytes()
-    (resumed / "images.png").unlink()
-    command(train.main, "--work-path", stopped, *TRAIN, "--resume")
-    assert (resumed / "images.png").read_bytes() == (whole / "images.png").read_bytes()
-    assert (resumed / "result.json").read_bytes() == content
 
-    # once finished, the same command says so, and writes nothing again, whatever its checkpoints are
-    (resumed / "state.pth.tar").write_bytes(b"damaged")
-    before = {path: path.read_bytes() for path in resumed.rglob("*") if path.is_file() and path.name != "log.txt"}
-    command(train.main, "--work-path", stopped, *TRAIN, "--resume", "--eval_freq", 2)
-    assert capsys.readouterr().out.strip().splitlines()[-1].startswith("preresnet8, basic, seed 0, 4 epochs: locked ")
-    assert {path: path.read_bytes() for path in before} == before
-    assert len(before) == len([path for path in resumed.rglob("*") if path.is_file()]) - 1
+
+def test_a_run_that_is_stopped_and_goes_on_ends_as_one_that_is_not(whole, stopped, command):
+    """Every bit of its state, its results, and its curves."""
+    command(train.main, "--work-path", stopped, *TRAIN, "--resume")
+    (folder, result), (undisturbed, expected) = run_of(stopped), run_of(whole)
+    for name in ("state.pth.tar", "state_best.pth.tar"):
+        assert (folder / name).read_bytes() == (undisturbed / name).read_bytes()
+    starts = result.pop("made_with")
+    assert [start["from_epoch"] for start in starts] == [1, 3]  # the third epoch was not kept
+    assert "--resume" in starts[1]["command"] and "--resume" not in starts[0]["command"]
+    del expected["made_with"]
+    assert result == expected
+    check_curves(folder, result)
+    assert EventAccumulator(str(folder)).Reload().Scalars("loss/train")[-1].step == 4
+
+
+def test_a_run_may_end_earlier_than_it_was_to(stopped, command):
+    """With an evaluation of its last epoch, though none was due."""
+    command(train.main, "--work-path", stopped, *TRAIN, "--resume", "--epochs", 2)
+    folder, result = run_of(stopped)
+    assert [record["epoch"] for record in result["history"]] == [1, 2] and result["epochs"] == 2
+    assert torch.load(folder / "state_best.pth.tar")["epoch"] == result["best_epoch"]
+    check_curves(folder, result)
+
+
+def test_a_finished_run_is_not_written_again(whole, command, capsys, tmp_path):
+    """Whatever its checkpoints are; only a picture that is absent is drawn."""
+    work = tmp_path / "finished"
+    shutil.copytree(whole, work)
+    folder, _ = run_of(work)
+    (folder / "images.png").unlink()
+    (folder / "state.pth.tar").write_bytes(b"damaged")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    before[folder / "images.png"] = (run_of(whole)[0] / "images.png").read_bytes()
+    for more in ([], ["--eval_freq", 2]):
+        command(train.main, "--work-path", work, *TRAIN, "--resume", *more)
+        out = capsys.readouterr().out.splitlines()
+        assert out[-1].startswith("preresnet8, basic, seed 0, 4 epochs: locked ")
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_what_is_trained_on_and_tested_with(place, work, command, monkeypatch):
@@ -377,14 +404,6 @@ def test_mistakes_in_names_and_labels(place, work, user_error, tmp_path, locked)
     (locked / "test_label_basic").write_bytes(lockfiles.to_bytes(labels))
     (locked / "train_label_basic").write_bytes(lockfiles.to_bytes(labels))
     assert "labels go from -1 to 8" in user_error(train.main, *run, "--lock-data", locked)
-
-
-def test_labels_of_another_order_are_told(work, locked, command, capsys):
-    (locked / "lock_basic.json").unlink()
-    labels = torch.cat(torch.load(locked / "test_label_basic")).flip(0)
-    (locked / "test_label_basic").write_bytes(lockfiles.to_bytes(labels))
-    command(train.main, "--work-path", work, "--lock-data", locked, "--epochs", 1)
-    assert "warning: the labels of the locked and the original test set differ" in capsys.readouterr().out
 
 
 def test_the_defaults_are_the_papers(monkeypatch):

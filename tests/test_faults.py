@@ -192,9 +192,12 @@ def test_two_processes_do_not_write_to_one_folder(place, two_epochs, user_error,
     for folder, main, arguments in (
         (tmp_path / "locked", lock.main, lock_flags(place, tmp_path / "locked")),
         (checkpoint.parent, train.main, [*flags, "--epochs", 3]),
+        (tmp_path / "base", base.train, [*base_flags(tmp_path), "--epochs", 1]),
     ):
         with utils.exclusive(folder):
+            before = set(folder.iterdir())
             assert f"{folder}: another process is writing there" in user_error(main, *arguments)
+            assert set(folder.iterdir()) == before
         assert finish(main, arguments) == 0
 
 

@@ -1,4 +1,4 @@
-"""What lock.py makes of images: target maps, methods, measurements, the report, and the data sets that it reads."""
+"""What lock.py makes of images: target maps, methods, measurements, and the report."""
 
 import argparse
 import os
@@ -6,9 +6,7 @@ import pickle
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
-import sklearn.datasets
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -230,34 +228,6 @@ def test_locked_cifar10_is_aligned_with_the_batch_files(split, tmp_path):
     assert labels[-16:].tolist() == batch[b"labels"][-16:]
     distances = (to_float(locked) - to_float(originals)).flatten(1).norm(dim=1)
     assert 0 < distances.min() and distances.max() < 0.5 + 0.5 / 255 * 3072**0.5
-
-
-@pytest.mark.parametrize("split", data.SPLITS)
-def test_cifar10_is_read_as_its_files_have_it(split, monkeypatch):
-    """Without its files: as torchvision gives them, which are rows of pixels, and lists."""
-    pixels = {"train": np.arange(2 * 32 * 32 * 3).reshape(2, 32, 32, 3).astype(np.uint8)}
-    pixels["test"] = pixels["train"][:, ::-1]
-    classes = list("abcdefghij")
-
-    def cifar10(root, train):
-        assert root == "root"
-        return argparse.Namespace(data=pixels["train" if train else "test"].copy(), targets=[3, 9], classes=classes)
-
-    monkeypatch.setattr(data, "CIFAR10", cifar10)
-    images, labels, *rest = data.load_cifar10("root", split)
-    assert images.shape == (2, 3, 32, 32) and images.is_contiguous() and labels.tolist() == [3, 9]
-    assert images[1, 2, 5, 7] == pixels[split][1, 5, 7, 2]
-    assert rest == [classes, ["d/00000.png", "j/00001.png"]]
-
-
-def test_the_digits_are_scikit_learns():
-    """Enlarging keeps the mean of an image."""
-    pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
-    train, test = (data.load_digits(None, split) for split in data.SPLITS)
-    assert len(test.labels) == 360 and torch.equal(torch.cat([train.labels, test.labels]), torch.from_numpy(labels))
-    means = to_float(torch.cat([train.images, test.images])).mean((2, 3))
-    expected = torch.from_numpy(pixels / 16).float().mean(1, keepdim=True).expand(-1, 3)
-    torch.testing.assert_close(means, expected, atol=0.003, rtol=0)
 
 
 def test_larger_images_are_attacked_in_smaller_batches():

@@ -74,11 +74,14 @@ def test_the_result_of_a_training_holds_the_manifest(place, work, command):
     assert start["command"] == f"command --work-path {work} --epochs 1"
 
 
-def test_locked_files_without_a_manifest_are_taken_and_the_log_says_so(work, locked, command, capsys):
+def test_locked_files_without_a_manifest_are_taken_and_the_log_says_what_is_not_verified(work, locked, command):
     (locked / "lock_basic.json").unlink()
-    flags = ["--work-path", work, "--epochs", 1]
-    command(train.main, *flags, "--lock-data", locked)
-    assert "the locked files have no manifest" in capsys.readouterr().out
+    labels = torch.cat(torch.load(locked / "test_label_basic")).flip(0)
+    (locked / "test_label_basic").write_bytes(lockfiles.to_bytes(labels))
+    command(train.main, "--work-path", work, "--lock-data", locked, "--epochs", 1)
+    log = (work / "basic" / "seed0" / "log.txt").read_text()
+    assert "the locked files have no manifest" in log
+    assert "warning: the labels of the locked and the original test set differ" in log
     assert json.loads((work / "basic" / "seed0" / "result.json").read_text())["lock"] is None
 
 

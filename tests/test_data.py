@@ -1,13 +1,15 @@
-"""Images of one's own, in a folder: what is read, what is refused, and the three commands on digits as PNG files."""
+"""Data sets, and images of one's own in a folder: what is read, what is refused, and the three commands on a folder."""
 
 import errno
 import json
 import re
 import shutil
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import sklearn.datasets
 import torch
 from PIL import Image
 
@@ -15,6 +17,7 @@ import data
 import lock
 import lockfiles
 import train
+from data import to_float
 from models import base
 from tests.conftest import ROOT, base_flags, call, manifest_of
 from utils import UserError
@@ -26,6 +29,34 @@ RGB16 = bytes.fromhex(
 )
 COLOURS = torch.randint(256, (9, 12, 3), dtype=torch.uint8).numpy()
 PARTLY_OPAQUE = Image.fromarray(np.dstack([COLOURS, 255 * np.eye(9, 12, dtype=np.uint8)]))
+
+
+@pytest.mark.parametrize("split", data.SPLITS)
+def test_cifar10_is_read_as_its_files_have_it(split, monkeypatch):
+    """Without its files: as torchvision gives them, which are rows of pixels, and lists."""
+    pixels = {"train": np.arange(2 * 32 * 32 * 3).reshape(2, 32, 32, 3).astype(np.uint8)}
+    pixels["test"] = pixels["train"][:, ::-1]
+    classes = list("abcdefghij")
+
+    def cifar10(root, train):
+        assert root == "root"
+        return SimpleNamespace(data=pixels["train" if train else "test"].copy(), targets=[3, 9], classes=classes)
+
+    monkeypatch.setattr(data, "CIFAR10", cifar10)
+    images, labels, *rest = data.load_cifar10("root", split)
+    assert images.shape == (2, 3, 32, 32) and images.is_contiguous() and labels.tolist() == [3, 9]
+    assert images[1, 2, 5, 7] == pixels[split][1, 5, 7, 2]
+    assert rest == [classes, ["d/00000.png", "j/00001.png"]]
+
+
+def test_the_digits_are_scikit_learns():
+    """Enlarging keeps the mean of an image."""
+    pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
+    train, test = (data.load_digits(None, split) for split in data.SPLITS)
+    assert len(test.labels) == 360 and torch.equal(torch.cat([train.labels, test.labels]), torch.from_numpy(labels))
+    means = to_float(torch.cat([train.images, test.images])).mean((2, 3))
+    expected = torch.from_numpy(pixels / 16).float().mean(1, keepdim=True).expand(-1, 3)
+    torch.testing.assert_close(means, expected, atol=0.003, rtol=0)
 
 
 def write(root, name, image=None, **options):
