@@ -94,10 +94,8 @@ def best_record(history):
     return max(history, key=lambda record: record["locked_acc"])
 
 
-def keep_epoch(start, checkpoint, learner, epoch, record, history, config, data_hash):
-    """Add an epoch's record, if it has one, to the history, and start writing its checkpoint: as the best one too,
-    where the locked accuracy is the largest so far."""
-    history += [record] if record else []
+def keep_epoch(start, checkpoint, learner, history, config, data_hash, epoch):
+    """Start writing the checkpoint of an epoch, and as the best one where its locked accuracy is the largest so far."""
     is_best = best_record(history)["epoch"] == epoch
     start(write_checkpoint, checkpoint, snapshot(learner, epoch, history, config, data_hash), is_best)
 

@@ -183,7 +183,7 @@ def read_image(path, content=None):
     with naming(path), damage, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what Pillow thinks of a file that it can read
         with Image.open(file, formats=("PNG", "JPEG")) as image:
-            raw = str(image.tile[0][3])  # Pillow's mode for 16-bit colours is RGB too
+            raw = image.tile[0][3] if image.format == "PNG" else image.mode  # of 16-bit colours the mode is RGB too
             if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA") or ";16" in raw:
                 raise UserError(f"{path}: its pixels are {raw}; convert it to 8-bit RGB or grey")
             if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:

@@ -80,7 +80,7 @@ class Captured:
         return outputs
 
     def record(self, inputs):
-        """Record the function's kernels, which does not run them; raises UserError where that cannot be."""
+        """Record the function's kernels without running them; raises UserError where that cannot be."""
         self.inputs = [tensor.clone() for tensor in inputs]
         gc.collect()  # a graph or kernel that is freed during a recording ends it; torch no longer sees to that
         graph = torch.cuda.CUDAGraph()

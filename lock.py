@@ -93,10 +93,10 @@ def lock_batch(classifier, folded, maps, args, images, labels, split, methods, o
     return results
 
 
-def lock_split(lock, images, labels, split, locks, args, device, ranks):
+def lock_split(lock_one, images, labels, split, locks, args, device, ranks):
     """Lock a split, one batch a rank at a time; writes a shard for each batch and method that has none yet.
 
-    lock is lock_batch, given what is the same for every batch; locks gives the Paths of each method.
+    lock_one is lock_batch, given what is the same for every batch; locks gives the Paths of each method.
     """
     batches = {start: slice(start, start + args.batch_size) for start in range(0, len(images), args.batch_size)}
     todo = list(ranks.on_rank0(shards.missing, locks, split, batches).items())
@@ -122,7 +122,7 @@ def lock_split(lock, images, labels, split, locks, args, device, ranks):
                 start, methods = together[ranks.rank]
                 batch, batch_labels = images[batches[start]].to(device), labels[batches[start]].to(device)
                 advance = partial(progress.update, sum(sizes[start] for start, _ in together))
-                results, error = utils.attempt(lock, batch, batch_labels, split, methods, advance)
+                results, error = utils.attempt(lock_one, batch, batch_labels, split, methods, advance)
             made = ranks.gather((results or {}, utils.environment(device)))
             ranks.on_rank0(shards.write_all, locks, split, [start for start, _ in together], made)
             ranks.end_where_any(error)  # only now: the others' batches are written
@@ -197,7 +197,6 @@ def lock_dataset(args, ranks):
     hashes = shards.hash_originals(splits)
     settings = {method: shards.settings_of(method, classes, hashes, maps, base_sha256, args) for method in locks}
     ranks.on_rank0(check_alike, ranks.gather(settings))
-    ranks.on_rank0(shards.check_apart, locks, args)  # before the folder is made
     with ExitStack() as stack:
         ranks.on_rank0(stack.enter_context, utils.exclusive(args.lock_data))
         manifests = ranks.on_rank0(shards.prepare, locks, settings, args)
@@ -210,9 +209,9 @@ def lock_dataset(args, ranks):
             kept = [classes[index] for index, target in enumerate(maps[name]) if index == target]
             if kept:
                 ranks.say(f"the target map {name} sends {', '.join(kept)} to itself")
-        lock = partial(lock_batch, classifier, folded, maps, args)
+        lock_one = partial(lock_batch, classifier, folded, maps, args)
         for split, (images, labels, *_) in splits.items():
-            lock_split(lock, images, labels, split, todo, args, device, ranks)
+            lock_split(lock_one, images, labels, split, todo, args, device, ranks)
         ranks.on_rank0(write_locks, locks, manifests, settings, splits, args)
 
 
@@ -236,7 +235,7 @@ def check_alike(settings):
 
 def write_locks(locks, manifests, settings, splits, args):
     """Write the files of every lock, or what a finished one lacks of them, and say how strong each is."""
-    key = sealing.make_key(args.key_out) if args.key_out else None
+    key = sealing.read_key(args.key_out) if args.key_out else None
     for method, paths in locks.items():
         if manifests[method]:
             print(f"{paths.manifest}: finished already, with the same settings (--overwrite locks again)")
@@ -254,7 +253,7 @@ def choose(args, locks, classifier, splits, device):
 
     The number of methods does not count, so that each gets the same files as alone.
     """
-    begun = {} if args.overwrite else shards.earlier_choices(locks)
+    begun = shards.earlier_choices(locks, args.overwrite)
     precision, why = utils.pick_precision(args.precision, device, classifier, begun.get("precision"))
     faster = device.type == "cuda" or (precision == "bfloat16" and utils.bfloat16_unit())
     passes = (args.attack_steps + 1) * sum(len(split.labels) for split in splits.values())
@@ -419,12 +418,6 @@ def complete_arguments(args):
     if args.unlock and not args.orig_data:
         raise UserError("--unlock needs --orig-data: a new folder for the originals")
     args.orig_data = args.orig_data or "./data/cifar10"
-    secrets = {"--key-out": args.key_out, "--orig-data": args.unlock and args.orig_data}
-    if args.dataset == "folder" and not args.unlock:  # other data sets are locked into ./data, where anything may lie
-        secrets["--resume-path"] = args.resume_path
-    for flag, path in secrets.items():
-        if path and Path(args.lock_data).resolve() in [Path(path).resolve(), *Path(path).resolve().parents]:
-            raise UserError(f"{flag} {path}: lies in the folder that is handed out; name another place")
     if not args.unlock:
         args.format = args.format or ["tensor"]
     methods = args.lock_method or ([] if args.unlock else ["basic"])
@@ -435,7 +428,32 @@ def complete_arguments(args):
         elif not any(name in parameters_of(method) for method in args.lock_method):
             what = f"--lock-method {' '.join(args.lock_method)}" if args.lock_method else "--unlock"
             raise UserError(f"--{name}: {what} has no use for it; leave it out")
+    check_places(args)
     return args
+
+
+def lies_in(path, folder):
+    """Whether a path is a folder, or lies in it."""
+    return Path(path).resolve().is_relative_to(Path(folder).resolve())
+
+
+def check_places(args):
+    """Raise UserError where what is to be kept secret would lie in the folder that is handed out, or be replaced."""
+    secrets = {"--key-out": args.key_out, "--orig-data": args.unlock and args.orig_data}
+    if args.dataset == "folder" and not args.unlock:  # other data sets are locked into ./data, where anything may lie
+        secrets["--resume-path"] = args.resume_path
+    for flag, path in secrets.items():
+        if path and lies_in(path, args.lock_data):
+            raise UserError(f"{flag} {path}: lies in the folder that is handed out; name another place")
+    if args.unlock or args.verify:
+        return
+    replaced = any(lies_in(args.orig_data, Path(args.lock_data, suffix)) for suffix in suffixes_of(args).values())
+    together = lies_in(args.orig_data, args.lock_data) or lies_in(args.lock_data, args.orig_data)
+    if replaced or (args.dataset == "folder" and together):
+        raise UserError(
+            f"--lock-data {args.lock_data}: what is handed out and the originals in {args.orig_data} lie in one "
+            "another; name another folder"
+        )
 
 
 def main():

@@ -20,8 +20,8 @@ from utils import UserError, discard, first_line, naming, serialize, sync_folder
 def lock_suffix(method, alpha=0.5, lambd=0.5):
     """The end of a locked file's name: basic, 50_mixup, 50_horiz or mixandcat, as in the authors' code.
 
-    Theirs of mixandcat carries neither parameter; here it does where one differs from 0.5, as 30_50_mixandcat
-    for alpha 0.3, so that two such locks never share a name.
+    Their mixandcat names neither alpha nor lambd. Here it does where one differs from 0.5, as 30_50_mixandcat for
+    alpha 0.3, so that two such locks never share a name.
     """
     values = {"alpha": alpha, "lambd": lambd}
     percents = [f"{100 * values[name]:.12g}" for name in parameters_of(method)]  # int(100 * 0.29) would be 28
@@ -181,7 +181,8 @@ def read_manifest(paths):
         elif ("sealed" in whole) != (manifest["sealed_with"] is not None):
             invalid = "sealed_with"
     if invalid:
-        raise UserError(f"{paths.manifest}: not a manifest of lock.py: {invalid} is not as it should be; lock again")
+        wrong = f"not a manifest of lock.py: {invalid} is not as it should be"
+        raise UserError(f"{paths.manifest}: {wrong}; lock again with --overwrite")
     return manifest
 
 
@@ -350,7 +351,7 @@ def load_locked(image_path, label_path, lock_flags=""):
         raise UserError(f"{image_path}: this lock is not finished; the command that began it finishes it")
     for path in (image_path, label_path) if manifest is None or "tensor" in formats_of(paths, manifest) else ():
         if not path.is_file():
-            raise UserError(f"{path}: no such file; make it with {lock_command(path)}{lock_flags}")
+            raise UserError(f"{path}: no such file{how_to_lock(path, lock_flags)}")
     if manifest is None:
         tensors = [from_bytes(path.read_bytes(), path) for path in (image_path, label_path)]
         return *check_tensors(*tensors, image_path, label_path), None
@@ -363,8 +364,12 @@ def load_locked(image_path, label_path, lock_flags=""):
     return *load_split(paths, split, manifest), manifest
 
 
-def lock_command(path):
-    """The lock.py command that makes a locked file, as its name tells."""
-    method, parameters = parse_suffix(split_path(path)[0].suffix or "basic")
+def how_to_lock(path, lock_flags):
+    """What to do about a locked file that is absent, as the end of a sentence: the command that makes a file of its
+    name, with the lock_flags, if there is one."""
+    suffix = split_path(path)[0].suffix
+    method, parameters = parse_suffix(suffix)
+    if method not in METHODS or lock_suffix(method, **parameters) != suffix:
+        return ", nor a name that lock.py gives; correct it"
     flags = "".join(f" --{name} {value:.12g}" for name, value in parameters.items() if value != 0.5)
-    return f"python lock.py --lock-data {path.parent} --lock-method {method}{flags}"
+    return f"; make it with python lock.py --lock-data {path.parent} --lock-method {method}{flags}{lock_flags}"

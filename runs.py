@@ -48,10 +48,9 @@ def check_fresh(folder, checkpoint):
 
 
 def note_start(path, epochs, device, **given):
-    """Add to the list in a JSON file how and on what a run trains some epochs, a range, and what else is given of it;
-    returns the list.
+    """Add this start to the list in a JSON file, and drop earlier ones of which no epoch was kept; returns the list.
 
-    Earlier starts of which no epoch was kept are taken out.
+    epochs is the range of those that it trains. What is given is added to what is known of every start.
     """
     try:
         starts = json.loads(path.read_text()) if path.exists() else []
@@ -99,7 +98,7 @@ def pictures(originals, locked):
 
 def show_pictures(data, path, writer=None):
     """Write the pictures of the first ten test images, to a PNG file and, where a writer is given, to TensorBoard."""
-    (originals, _), (locked, _) = data["original"], data["locked_test"]
+    (originals, _), (locked, _) = data["original"], data["locked"]
     grid, file = pictures(originals[: len(locked)][:10], locked[:10]), io.BytesIO()
     if writer:
         writer.add_image("images/originals, locked, 10 x difference", grid)

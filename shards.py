@@ -62,17 +62,18 @@ def refuse_others(where, then, now):
 
 # What lock.py chooses by its device where it is not told, and whether a value is one that it chooses
 CHOICES = {
-    "precision": lambda value: value in list(utils.PRECISIONS),  # a list can be asked for anything that JSON holds
+    "precision": lambda value: value in list(utils.PRECISIONS),  # a dict raises an error for JSON's lists and objects
     "compile": lambda value: value in utils.COMPILE[1:],
     "batch_size": lambda value: isinstance(value, int) and value > 0,
 }
 
 
-def earlier_choices(locks):
-    """The CHOICES of the first lock that is finished or was begun, by name; none where there is no such lock."""
+def earlier_choices(locks, overwrite):
+    """The CHOICES of the first lock that was begun or, unless it is to be overwritten, is finished, by name; none where
+    there is no such lock."""
     for paths in locks.values():
-        manifest = lockfiles.read_manifest(paths)
-        settings = manifest["settings"] if manifest else begun_with(paths)
+        manifest = None if overwrite else lockfiles.read_manifest(paths)
+        settings = manifest["settings"] if manifest else begun_with(paths, overwrite)
         if settings:
             return {name: settings[name] for name, known in CHOICES.items() if known(settings.get(name))}
     return {}
@@ -112,19 +113,6 @@ def check_finished(paths, manifest, key_out):
         raise UserError(f"--key-out {key_out}: {paths.manifest} is sealed with another key; name that one")
 
 
-def check_apart(locks, args):
-    """Raise UserError where what is handed out and the originals would lie in one another."""
-    for paths in locks.values():
-        locked, originals = paths.folder.resolve(), Path(args.orig_data).resolve()
-        together = originals in (locked, *locked.parents) or locked in originals.parents
-        replaced = paths.tree.resolve() in (originals, *originals.parents)
-        if replaced or (args.dataset == "folder" and together):
-            raise UserError(
-                f"--lock-data {args.lock_data}: what is handed out and the originals in {args.orig_data} lie in one "
-                "another; name another folder"
-            )
-
-
 def check_places(locks, args):
     """Raise UserError where a lock would delete a seal, or what is not of a lock."""
     for paths in locks.values():
@@ -151,24 +139,28 @@ def prepare(locks, settings, args):
         for folder in (paths.staging, paths.trash):  # left by a process that was killed
             shutil.rmtree(folder, ignore_errors=True)
         if not manifests[method]:
-            begin(paths, settings[method])
+            begin(paths, settings[method], args.overwrite)
     return manifests
 
 
-def begun_with(paths):
-    """The settings of the shards of an interrupted lock, or None where there are none."""
+def begun_with(paths, overwrite=False):
+    """The settings of the shards of an interrupted lock, or None where there are none.
+
+    Raises UserError where they are damaged, unless they are to be overwritten.
+    """
     has_shards = any(next(paths.partial.glob(f"{split}_*"), None) for split in SPLITS)
     path = paths.partial / "settings.json"
-    return lockfiles.read_json(path) if has_shards and path.exists() else None
-
-
-def begin(paths, settings):
-    """Make the folder of shards, with those of an interrupted lock of these settings in it."""
     try:
-        begun = begun_with(paths)
-    except UserError:  # damaged, and to be overwritten: find_finished has seen it
-        begun = None
-    if begun != settings:
+        return lockfiles.read_json(path) if has_shards and path.exists() else None
+    except UserError:
+        if not overwrite:
+            raise
+        return None
+
+
+def begin(paths, settings, overwrite):
+    """Make the folder of shards, with those of an interrupted lock of these settings in it."""
+    if begun_with(paths, overwrite) != settings:
         forget(paths)
         paths.partial.mkdir()
         write_file(paths.partial / "settings.json", json.dumps(settings).encode())

@@ -145,7 +145,7 @@ def evaluate(model, images, labels, config):
 
 def load_data(config):
     """The splits {name: (images uint8 [N, 3, H, W], labels int64 [N])}: train (locked images, or as many originals
-    where train_on says so), locked_test and original. And the manifest of the lock, or None where it has none.
+    where train_on says so), and the test sets locked and original. And the lock's manifest, or None where it has none.
 
     Raises UserError where a file is absent, has changed, or does not fit the config or the other files.
     """
@@ -154,7 +154,7 @@ def load_data(config):
     files = {split: [config[f"locked_{split}_{kind}"] for kind in ("image", "label")] for split in SPLITS}
     locked = {split: load_locked(*files[split], flags) for split in SPLITS}
     manifests = {split: manifest for split, (_, _, manifest) in locked.items()}
-    data = {"train": locked["train"][:2], "locked_test": locked["test"][:2], "original": original[:2]}
+    data = {"train": locked["train"][:2], "locked": locked["test"][:2], "original": original[:2]}
     paths = config.locked_train_image, config.locked_test_image, config.orig_data_path
     for where, (images, labels) in zip(paths, data.values()):
         if images.shape[1:] != original.images.shape[1:]:
@@ -203,6 +203,11 @@ def check_originals(part, split, manifest, config):
         if hash_tensor(tensor) != manifest["settings"]["original_sha256"][split][name]:
             path, where = config[f"locked_{split}_image"], config.orig_data_path
             raise UserError(f"{path}: locked from other {name}, or in another order, than {where} has now")
+
+
+def preprocess_all(data, config):
+    """The splits of load_data, with the config's preprocessing."""
+    return {name: (preprocess(images, config), labels) for name, (images, labels) in data.items()}
 
 
 def hash_data(data):
@@ -270,12 +275,12 @@ def check_loss(loss, epoch):
 def evaluate_both(model, data, epoch, config, writers):
     """Loss and accuracy on the locked and on the original test set, as a record of the run's history and as curves."""
     record = {}
-    for curve, split, short in ("locked", "locked_test", "locked"), ("original", "original", "orig"):
+    for split, short in {"locked": "locked", "original": "orig"}.items():
         loss, accuracy = evaluate(model, *data[split], config)
         check_loss(loss, epoch)
         record |= {f"{short}_loss": loss, f"{short}_acc": accuracy}
-        writers[curve].add_scalar("accuracy/test", accuracy, epoch)
-        writers[curve].add_scalar("loss/test", loss, epoch)
+        writers[split].add_scalar("accuracy/test", accuracy, epoch)
+        writers[split].add_scalar("loss/test", loss, epoch)
     return record
 
 
@@ -306,25 +311,27 @@ def run_epoch(learner, step, data, epoch, config, writers, log):
     return record
 
 
-def start_or_resume(resume, model, config, folder, checkpoint, data_hash, log):
-    """The Learner of a model, how many epochs it has done, and their history: from the last whole checkpoint, if any.
+def find_state(checkpoint, folder, log):
+    """The last whole checkpoint of a run, or None where it has none, so that --resume starts it.
 
-    Sets the config's precision to what auto means. Raises UserError where resuming would lose a run, or where the
-    checkpoints are damaged or of another run.
+    Raises UserError where that would lose a run, or where the checkpoints are damaged.
     """
-    device = next(model.parameters()).device
-    state = read_checkpoint(checkpoint, log) if resume else None
-    begun = json.loads(state["config"]) if state else {}
-    config.precision, why = utils.pick_precision(config.precision, device, model, begun.get("precision"))
-    log(utils.describe_precision(config.precision, why, config.compile))
-    learner = make_learner(model, config)
-    if state:
-        restore(state, learner, config, data_hash)
-        return learner, state["epoch"], json.loads(state["history"])
-    if resume:
+    state = read_checkpoint(checkpoint, log)
+    if not state:
         runs.check_fresh(folder, checkpoint)
         log(f"nothing to resume in {checkpoint}: starting at epoch 1")
-    return learner, 0, []
+    return state
+
+
+def settle_auto(config, model, begun_in, count):
+    """Put what auto means in the place of it in a config; returns why the precision was chosen.
+
+    begun_in is the precision of the epochs before, if any; count is the number of images in an epoch.
+    """
+    device = next(model.parameters()).device
+    config.precision, why = utils.pick_precision(config.precision, device, model, begun_in)
+    config.compile = utils.pick_compile(config.compile, device.type == "cuda", config.epochs * count)
+    return why
 
 
 def build_model(config, data, fresh):
@@ -341,7 +348,7 @@ def log_data(log, data, manifest):
     log("images: " + ", ".join(f"{len(labels)} {name}" for name, (_, labels) in data.items()))
     if manifest is None:
         log("the locked files have no manifest (lock_*.json): what they were made of and from is not verified")
-    labels, original_labels = data["locked_test"][1], data["original"][1]
+    labels, original_labels = data["locked"][1], data["original"][1]
     if not torch.equal(labels, original_labels[: len(labels)]):
         log("warning: the labels of the locked and the original test set differ: another order, or another data set?")
 
@@ -351,18 +358,17 @@ def run(args, config, data, manifest, folder, suffix):
     if args.overwrite and config.pretrained and folder.resolve() in Path(config.pretrained).resolve().parents:
         raise UserError(f"pretrained: {config.pretrained}: --overwrite would delete it; give the run another --name")
     checkpoint, picture = folder / config.ckpt_path / f"{config.ckpt_name}.pth.tar", folder / "images.png"
-    fresh = not (args.resume and is_begun(checkpoint))  # else the weights are those of the checkpoint
     data_hash = hash_data(data)  # as the files hold them: another CPU may round differently in preprocessing them
     finished = runs.finished_outcome(folder / "result.json", config, data_hash) if args.resume else None
-    if not finished or not picture.exists():
-        data = {name: (preprocess(images, config), labels) for name, (images, labels) in data.items()}
     if finished:  # it has no more need of its checkpoints, which may have been deleted
         if not picture.exists():
-            runs.show_pictures(data, picture)
+            runs.show_pictures(preprocess_all(data, config), picture)
         print(f"{folder}: finished already (--overwrite starts it again)\n{finished}")
         return
+    data = preprocess_all(data, config)
     device, reason = utils.pick_device(config.use_gpu)
     torch.manual_seed(config.seed)
+    fresh = not (args.resume and is_begun(checkpoint))  # else the weights are those of the checkpoint
     model, pretrained = build_model(config, data, fresh)
     begun_from = {"pretrained_sha256": sha256(Path(config.pretrained).read_bytes())} if pretrained else {}
     model.to(device)
@@ -374,9 +380,13 @@ def run(args, config, data, manifest, folder, suffix):
         log(pretrained)
     log_data(log, data, manifest)
     utils.make_folder(checkpoint.parent)
-    config.compile = utils.pick_compile(config.compile, device.type == "cuda", config.epochs * len(data["train"][1]))
-    learner, done, history = start_or_resume(args.resume, model, config, folder, checkpoint, data_hash, log)
-    evaluated = history[-1]["epoch"] if history else 0  # the last epoch that was
+    state = find_state(checkpoint, folder, log) if args.resume else None
+    why = settle_auto(config, model, state and json.loads(state["config"]).get("precision"), len(data["train"][1]))
+    log(utils.describe_precision(config.precision, why, config.compile))
+    learner, done, history = make_learner(model, config), 0, []
+    if state:
+        restore(state, learner, config, data_hash)
+        done, history = state["epoch"], json.loads(state["history"])
     writers = runs.open_writers(folder, done + 1)
     if not done or not picture.exists():
         runs.show_pictures(data, picture, writers["run"])
@@ -384,25 +394,21 @@ def run(args, config, data, manifest, folder, suffix):
     epochs, step = range(done + 1, config.epochs + 1), make_step(learner, config, log)
     made_with = runs.note_start(folder / "made_with.json", epochs, device, **begun_from)
     with background() as start:  # a checkpoint of vgg19 takes about as long to write as an epoch on a GPU
-        keep = partial(keep_epoch, start, checkpoint, learner, history=history, config=config, data_hash=data_hash)
-        if done == config.epochs and evaluated < done:  # it was to go on when it was trained
-            keep(done, {"epoch": done, **evaluate_both(learner.model, data, done, config, writers)})
+        keep = partial(keep_epoch, start, checkpoint, learner, history, config, data_hash)
+        if not epochs and history[-1]["epoch"] < done:  # it was to go on when it was trained
+            history.append({"epoch": done, **evaluate_both(learner.model, data, done, config, writers)})
+            keep(done)
         for epoch in epochs:
-            keep(epoch, run_epoch(learner, step, data, epoch, config, writers, log))
+            record = run_epoch(learner, step, data, epoch, config, writers, log)
+            history += [record] if record else []
+            keep(epoch)
     result = runs.summary(config, suffix, args.name, history)
     runs.add_hparams(writers["run"], config, result)
     for writer in writers.values():
         writer.close()
 
-    content = {
-        **result,
-        "config": config,
-        "data_sha256": data_hash,
-        "made_with": made_with,
-        "history": history,
-        "lock": manifest,
-    }
-    write_file(folder / "result.json", json.dumps(content, indent=1).encode())
+    about = {"config": config, "data_sha256": data_hash, "made_with": made_with, "history": history, "lock": manifest}
+    write_file(folder / "result.json", json.dumps({**result, **about}, indent=1).encode())
     log(f"pictures (originals, locked, ten times the difference): {picture}")
     log(f"curves: tensorboard --logdir {shlex.quote(args.work_path)}")
     log(runs.outcome(result))

@@ -109,7 +109,7 @@ def memory_is_full(error):
 
 
 def is_damage(error):
-    """Whether an error in reading a file says that it is absent or damaged, and not that nobody can tell just now."""
+    """Whether an error in reading a file says that it is absent or damaged, and not that it cannot be read just now."""
     if isinstance(error, OSError):  # what reads an archive that was cut short may seek to where there is nothing
         return error.errno in (None, errno.EINVAL, errno.ENOENT)
     return not memory_is_full(error)
@@ -394,7 +394,7 @@ def wrong_size(images, where, why):
 
 
 def check_last_batch(model, image, count, batch_size, where):
-    """Raise UserError where an epoch of count images ends with one alone, of which a batch norm has just one value.
+    """Raise UserError where an epoch of count images ends with one alone, and the model's batch norm cannot take it.
 
     image is any [1, C, H, W]; where says where the batch size was named.
     """

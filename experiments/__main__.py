@@ -110,7 +110,7 @@ def run(command, slots, threads, running, stopped):
     said = (error if child.returncode else out).strip()
     if not said or child.returncode < 0:  # killed: whatever it said before, that was not why
         return child.returncode, f"exit code {child.returncode}"
-    # of an error that nobody foresaw, which ends with 1, all that is known; else the last line
+    # exit code 1 is an error that nobody foresaw: tell all that is known of it; of any other, the last line
     return child.returncode, said if child.returncode == 1 else said.splitlines()[-1]
 
 

@@ -27,7 +27,6 @@ import torch
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 from torch.hub import load_state_dict_from_url
-from torch.utils._pytree import tree_map
 
 import utils
 from augmentation import color_jitter, random_crop, random_flip, random_rotation
@@ -403,8 +402,10 @@ def read_resumed(args, model):
 
 
 def keep_best(args, resumed):
-    """The accuracy of a folder's checkpoint.pt.best, which the checkpoint of --resume, of the accuracy resumed, becomes
-    where it is better: a run can be stopped after robustness wrote the latest, and before it wrote the best."""
+    """Copy --resume's checkpoint over checkpoint.pt.best where it is better, and return the better one's accuracy.
+
+    It may be, since a run can be stopped between writing the two. resumed is its accuracy.
+    """
     best = folder_of(args) / "checkpoint.pt.best"
     known = read_checkpoint(best).get(accuracy_key(args.adv_train), 0) if best.exists() else 0
     if resumed > known:
@@ -481,12 +482,11 @@ def speed_up(network, args, device, passes):
 
 
 def in_half(function, device, dtype):
-    """A function of images whose layers compute in dtype, and that returns float32."""
+    """A function of images whose layers compute in dtype, and whose logits are float32."""
 
     def run(images, *args, **kwargs):
         with torch.autocast(device.type, dtype):
-            outputs = function(images, *args, **kwargs)
-        return tree_map(torch.Tensor.float, outputs)
+            return function(images, *args, **kwargs).float()
 
     return run
 

@@ -70,8 +70,8 @@ def test_what_runs_in_the_background_takes_turns_and_tells_its_errors():
 def test_the_first_of_equally_good_epochs_is_the_best():
     kept, history, learner = [], [{"epoch": 1, "locked_acc": 50.0}], learner_of(nn.Linear(1, 1), lr=0)
     for epoch, accuracy in {2: 50.0, 3: 51.0}.items():
-        record = {"epoch": epoch, "locked_acc": accuracy}
-        checkpoints.keep_epoch(lambda *args: kept.append(args[-1]), None, learner, epoch, record, history, {}, "")
+        history.append({"epoch": epoch, "locked_acc": accuracy})
+        checkpoints.keep_epoch(lambda *args: kept.append(args[-1]), None, learner, history, {}, "", epoch)
     assert kept == [False, True]
 
 

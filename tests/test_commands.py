@@ -174,7 +174,7 @@ def test_what_is_trained_on_and_tested_with(place, work, command, monkeypatch):
     originals = data.load_digits(None, "train").first(96)
     assert torch.equal(control["train"][0], originals.images) and torch.equal(control["train"][1], originals.labels)
     assert torch.equal(plain["train"][0], torch.cat(torch.load(place / "train_image_basic"))) and same == manifest
-    assert list(plain) == list(bits) == ["train", "locked_test", "original"]
+    assert list(plain) == list(bits) == ["train", "locked", "original"]
     for name, (images, labels) in plain.items():
         assert torch.equal(bits[name][0], images // 128 * 128) and torch.equal(bits[name][1], labels)
         if name != "train":

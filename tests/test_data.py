@@ -109,6 +109,7 @@ def test_a_jpeg_is_turned_upright(folder):
         (lambda f: write(f, "test/cat/f.png", Image.new("RGB", (12, 10))), "f.png: is 12x10 pixels, but .* is 12x9"),
         (lambda f: write(f, "test/cat/f.gif"), "f.gif: is neither PNG nor JPEG"),
         (lambda f: write(f, "test/cat/f.png", Image.new("I;16", (12, 9))), "f.png: its pixels are I;16"),
+        (lambda f: write(f, "test/cat/f.jpg", Image.new("CMYK", (12, 9))), "f.jpg: its pixels are CMYK; convert it to"),
         (lambda f: write(f, "test/cat/f.png", Image.new("RGBA", (12, 9))), "f.png: parts of it are transparent"),
         (lambda f: write(f, "test/cat/f.png", PARTLY_OPAQUE), "f.png: parts of it are transparent"),
         (

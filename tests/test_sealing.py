@@ -78,6 +78,26 @@ def test_a_key_that_cannot_be_used_is_told_before_any_attack(place, user_error, 
     assert "not a key" in line
 
 
+def test_a_key_that_is_moved_away_meanwhile_is_not_replaced(place, command, monkeypatch, capsys, tmp_path):
+    """The same command goes on once it is back."""
+    flags, attack = [*lock_flags(place, tmp_path / "new"), "--key-out", tmp_path / "key"], lock.attack
+
+    def move_key(*args, **options):
+        if (tmp_path / "key").exists():
+            (tmp_path / "key").rename(tmp_path / "moved")
+        return attack(*args, **options)
+
+    monkeypatch.setattr(lock, "attack", move_key)
+    with pytest.raises(SystemExit) as exit:
+        command(lock.main, *flags)
+    assert exit.value.code == 2 and f"{tmp_path}/key: no such file; name the key" in capsys.readouterr().err
+    (tmp_path / "moved").rename(tmp_path / "key")
+    forbid_attacks(monkeypatch)
+    command(lock.main, *flags)
+    unlocking = ["--lock-data", tmp_path / "new", "--orig-data", tmp_path / "out"]
+    command(lock.main, "--unlock", "--key", tmp_path / "key", *unlocking)
+
+
 def test_a_key_among_what_is_handed_out_is_refused(place, user_error, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for key in ("locked/key", tmp_path / "locked" / "key", f"../{tmp_path.name}/locked/key"):

@@ -220,6 +220,9 @@ def test_an_interrupted_lock_goes_on_with_no_other_settings(place, work, command
     assert ".lock_basic was made with batch_size 40, but now it is 50" in line
     line = user_error(train.main, "--work-path", work, "--lock-data", tmp_path)
     assert "train_image_basic: this lock is not finished; the command that began it finishes it" in line
+    (tmp_path / ".lock_basic" / "settings.json").write_text("{")
+    line = user_error(lock.main, *lock_flags(place, tmp_path))
+    assert ".lock_basic/settings.json: not JSON, or damaged" in line and "lock again with --overwrite" in line
     sizes = interrupt(monkeypatch, at=None)
     command(lock.main, *lock_flags(place, tmp_path), "--batch-size", 50, "--overwrite")
     assert manifest_of(tmp_path)["settings"]["batch_size"] == 50 and sizes == [50, 46] * 2
@@ -244,6 +247,18 @@ def test_a_lock_goes_on_as_it_was_begun_on_another_machine(place, command, monke
     forbid_attacks(monkeypatch)
     command(lock.main, *flags, "--format", "png", "tensor")
     assert (tmp_path / "basic" / "test").exists()
+
+
+def test_a_lock_that_replaces_another_goes_on_as_it_was_begun(place, locked, command, monkeypatch):
+    """And not as the one that it replaces, nor as this machine would choose."""
+    flags = [*lock_flags(place, locked)[:-2], "--overwrite"]
+    monkeypatch.setitem(lock.BATCH_SIZES, "cpu", 60)
+    sizes = interrupt(monkeypatch, at=2)
+    with pytest.raises(SystemExit):
+        command(lock.main, *flags)
+    monkeypatch.setitem(lock.BATCH_SIZES, "cpu", 50)
+    command(lock.main, *flags)
+    assert sizes == [60, 36, 36, 60, 36] and manifest_of(locked)["settings"]["batch_size"] == 60
 
 
 def test_choices_that_no_lock_makes_are_not_taken_over(place, locked, user_error, command):

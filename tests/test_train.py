@@ -76,7 +76,7 @@ def test_an_epoch_trains_on_the_training_set_and_tells_the_test_sets_apart():
     config.augmentation.random_crop = False
     config.lr_scheduler.lr_epochs = [1, 2]
     data = {
-        "train": two_tones(200, [0, 1]), "locked_test": two_tones(10, [1, 0]), "original": two_tones(20, [0, 1])
+        "train": two_tones(200, [0, 1]), "locked": two_tones(10, [1, 0]), "original": two_tones(20, [0, 1])
     }  # fmt: skip
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
     # starts by taking black for 1 and white for 0, so that only training on the training set sets it right
@@ -141,7 +141,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(monkeypatch):
 def test_a_model_that_predicts_nan_is_not_scored():
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
     model[1].bias.data.fill_(math.nan)
-    data = {"locked_test": two_tones(10, [0, 1]), "original": two_tones(10, [0, 1])}
+    data = {"locked": two_tones(10, [0, 1]), "original": two_tones(10, [0, 1])}
     config = float32_config()
     with pytest.raises(UserError, match="epoch 3: the loss is nan"):
         train.evaluate_both(model, data, 3, config, {})
