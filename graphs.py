@@ -5,7 +5,7 @@ import gc
 import torch
 from torch._functorch import config as functorch_config
 
-from utils import UserError, first_line
+from utils import UserError, first_line, memory_is_full
 
 if hasattr(functorch_config, "force_non_lazy_backward_lowering"):
     # the gradient is compiled together with the function, so that what fails there fails where it is caught
@@ -32,7 +32,7 @@ class Compiled:
                 return self.compiled(images, *args, **kwargs)
             except Exception as error:  # no C++ compiler, or one of many other reasons: none stops the work
                 recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-                if recording or isinstance(error, torch.cuda.OutOfMemoryError):
+                if recording or memory_is_full(error):
                     raise
                 reason = first_line(getattr(error, "inner_exception", error))
                 self.say(f"torch.compile failed ({reason}): going on without")
@@ -43,10 +43,11 @@ class Compiled:
 class Captured:
     """A function of tensors on a GPU, whose kernels are recorded in a CUDA graph, and then launched all at once.
 
-    The first three calls run on the stream that is recorded later: kernels are chosen and compiled in them. The fourth
-    records, and it and every later one replay, each with its own tensors. Calls with tensors of other shapes or types
-    than the first one's run as they are, and do not count. The function may change tensors in place, but must not read
-    their values in Python, of which a recording knows nothing. What a call returns is overwritten by the next.
+    Each call copies its tensors to the same memory. The first three run on the stream that is recorded later: kernels
+    are chosen and compiled in them. The fourth records, and it and every later one replay. Calls with tensors of other
+    shapes or types than the first one's run as they are, and do not count. The function may change tensors in place,
+    but must not read their values in Python, of which a recording knows nothing. What a call returns is overwritten by
+    the next.
     """
 
     WARM_UP = 3
@@ -54,34 +55,32 @@ class Captured:
     def __init__(self, function):
         self.function = function
         self.stream = torch.cuda.Stream()  # nothing can be recorded on the default one
-        self.signature, self.calls, self.graph = None, 0, None
+        self.inputs, self.calls, self.graph = None, 0, None
 
     def __call__(self, *inputs):
-        signature = [(tensor.shape, tensor.dtype) for tensor in inputs]
-        self.signature = self.signature or signature
-        if signature != self.signature:
+        self.inputs = self.inputs or [tensor.clone() for tensor in inputs]
+        if any(mine.shape != given.shape or mine.dtype != given.dtype for mine, given in zip(self.inputs, inputs)):
             return self.function(*inputs)
-        self.calls += 1
-        if self.calls <= self.WARM_UP:
-            return self.warm_up(inputs)
-        if not self.graph:
-            self.record(inputs)
         for mine, given in zip(self.inputs, inputs):
             mine.copy_(given)
+        self.calls += 1
+        if self.calls <= self.WARM_UP:
+            return self.warm_up()
+        if not self.graph:
+            self.record()
         self.graph.replay()
         return self.outputs
 
-    def warm_up(self, inputs):
+    def warm_up(self):
         """Run the function on the stream that it is recorded on; its backward pass runs there too."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            outputs = self.function(*inputs)
+            outputs = self.function(*self.inputs)
         torch.cuda.current_stream().wait_stream(self.stream)
         return outputs
 
-    def record(self, inputs):
+    def record(self):
         """Record the function's kernels without running them; raises UserError where that cannot be."""
-        self.inputs = [tensor.clone() for tensor in inputs]
         gc.collect()  # a graph or kernel that is freed during a recording ends it; torch no longer sees to that
         graph = torch.cuda.CUDAGraph()
         try:
@@ -89,7 +88,7 @@ class Captured:
                 self.outputs = self.function(*self.inputs)
         except RuntimeError as error:
             cause = error.__context__ or error  # the error at the end of a recording hides the one that ended it
-            if isinstance(cause, torch.cuda.OutOfMemoryError):
+            if memory_is_full(cause):
                 raise cause
             reason = first_line(cause)
             raise UserError(f"a CUDA graph could not be recorded ({reason}); set compile to never") from error

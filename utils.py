@@ -105,7 +105,11 @@ def attempt(function, *args):
 
 def memory_is_full(error):
     """Whether an error says that a GPU or a CPU has no memory left, for a tensor or for anything else."""
-    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    # what CUDA, cuBLAS and cuDNN need for themselves, and a CPU's tensors, are plain RuntimeErrors
+    said = "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "ALLOCATION_FAILED", "DefaultCPUAllocator"
+    return any(words in str(error) for words in said)
 
 
 def is_damage(error):

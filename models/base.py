@@ -56,10 +56,16 @@ with warnings.catch_warnings():
 
 
 @contextmanager
-def cuda_optional():
-    """Without a GPU, let .cuda() return its tensor or module unchanged: robustness calls it on everything."""
-    if torch.cuda.is_available():
-        yield
+def one_device(device):
+    """Let robustness compute on one device: it calls .cuda() on everything, and its DataParallel takes every GPU.
+
+    On a CPU, .cuda() returns its tensor or module unchanged. (On further GPUs, copies of a network would call the
+    forward that is bound to the first one's weights.)
+    """
+    if device.type == "cuda":
+        parallel = nn.DataParallel
+        with mock.patch.object(nn, "DataParallel", lambda module, **_: parallel(module, [device.index])):
+            yield
         return
     stay = {"cuda": lambda self, *args, **kwargs: self}
     with mock.patch.multiple(torch.Tensor, **stay), mock.patch.multiple(nn.Module, **stay):
@@ -517,7 +523,7 @@ def train():
         alone,
         closing(make_store(main, args)) as store,
         closing(store.tensorboard),
-        cuda_optional(),
+        one_device(device),
         careful_saving(),
         errors_let_out(),
     ):
@@ -535,9 +541,7 @@ def train():
             if checkpoint and goes_on(args):
                 key = accuracy_key(args.adv_train)
                 checkpoint[key] = keep_best(args, checkpoint[key])
-            # one GPU: the copies for others would call the forward that is bound to the first one's weights
-            gpus = [device.index] if device.type == "cuda" else None
-            main.train_model(args, model.to(device), loaders, store=store, checkpoint=checkpoint, dp_device_ids=gpus)
+            main.train_model(args, model.to(device), loaders, store=store, checkpoint=checkpoint)
             report(store, args.adv_train, checkpoint)
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from attack import attack, gradient_of, project
 from models import MODELS
-from models.base import AttackerModel, DummyModel, FoldedClassifier, attacker_model, cuda_optional, robustness_datasets
+from models.base import AttackerModel, DummyModel, FoldedClassifier, attacker_model, one_device, robustness_datasets
 from tests.conftest import small_classifier
 from utils import PRECISIONS, bfloat16_unit, pick_device, pick_precision
 
@@ -40,7 +40,7 @@ def test_equals_robustness(seed, eps, step_size, steps, targeted):
     reference = AttackerModel(DummyModel(small_classifier()), robustness_datasets.CIFAR(".")).eval().double()
     classifier = nn.Sequential(reference.normalizer, reference.model)
     images, targets = saturated_images(11).double(), torch.randint(10, (11,))
-    with cuda_optional():
+    with one_device(images.device):
         _, expected = reference(
             images, targets, make_adv=True, constraint="2", targeted=targeted,
             eps=eps, step_size=step_size, iterations=steps,

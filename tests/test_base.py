@@ -22,6 +22,7 @@ from models.base import (
     careful_saving,
     load_base,
     load_classifier,
+    one_device,
     read_checkpoint,
     speed_up,
 )
@@ -172,6 +173,16 @@ def test_what_makes_it_fast_leaves_a_network_the_same(compiles):
     assert len(compiles) == 1 and seen == [torch.bfloat16]
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, expected, atol=0.05, rtol=0)
+
+
+def test_robustness_computes_on_one_gpu(monkeypatch):
+    """Whichever it asks DataParallel for: none, in evaluating, means all."""
+    taken = []
+    monkeypatch.setattr(nn, "DataParallel", lambda module, device_ids: taken.append(device_ids))
+    with one_device(torch.device("cuda", 1)):
+        nn.DataParallel(None)
+        nn.DataParallel(None, device_ids=None)
+    assert taken == [[1], [1]]
 
 
 def test_only_digits_are_not_mirrored():

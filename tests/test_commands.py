@@ -290,9 +290,11 @@ def test_training_goes_on_from_pretrained_weights(place, work, command, user_err
     [
         torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB."),
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: ..."),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported ..."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         MemoryError(),
     ],
-    ids=lambda error: type(error).__name__,
+    ids=lambda error: f"{error!r:.40}",
 )
 def test_a_full_memory_is_one_line(user_error, error):
     def main():

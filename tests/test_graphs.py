@@ -142,18 +142,29 @@ def test_what_cannot_be_captured(no_gpu):
         captured(torch.ones(3))
 
 
-def test_a_full_memory_stays_one(no_gpu):
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError(), RuntimeError("CUDA error: out of memory")], ids=repr)
+def test_a_full_memory_stays_one(no_gpu, error):
     """Of which run_command says something else than of what cannot be captured."""
 
     def fills_the_memory(values):
-        raise torch.cuda.OutOfMemoryError
+        raise error
 
     captured = Captured(lambda values: (values,))
     for _ in range(3):
         captured(torch.ones(3))
     captured.function = fills_the_memory
-    with pytest.raises(torch.cuda.OutOfMemoryError):
+    with pytest.raises(type(error)) as raised:
         captured(torch.ones(3))
+    assert raised.value is error
+
+
+def test_every_call_computes_on_the_same_memory(no_gpu):
+    """So that the strides and kernels of the first ones are those that are recorded."""
+    seen, given = [], [torch.rand(2, 3), torch.rand(3, 2).T, torch.rand(2, 3), torch.rand(2, 3)]
+    captured = Captured(lambda values: (seen.append((values.data_ptr(), values.stride())), values + 0)[1:])
+    for values in given:
+        assert torch.equal(captured(values)[0], values)
+    assert len(seen) == 4 and len(set(seen)) == 1
 
 
 def test_one_size_is_compiled(compiles):

@@ -50,7 +50,7 @@ from data import Split, to_float
 from graphs import Compiled
 from methods import METHODS, attacks_of, target_maps
 from models import MODELS
-from models.base import Batches, FoldedClassifier, accuracies, attacker_model, augment_photos, cuda_optional, speed_up
+from models.base import Batches, FoldedClassifier, accuracies, attacker_model, augment_photos, one_device, speed_up
 from utils import UserError
 
 
@@ -138,7 +138,7 @@ def cost_of(model, dtype, passes):
 
 def robustness_attack(model, images, targets, steps):
     """robustness' own attack, as the authors call it."""
-    with cuda_optional():
+    with one_device(images.device):
         options = {"constraint": "2", "targeted": True, "eps": 0.5, "step_size": 0.1, "iterations": steps}
         return model(images, targets, make_adv=True, **options)
 
@@ -228,7 +228,7 @@ def base_works(device, precision, size):
         hooks = Parameters({"custom_accuracy": accuracies} if fast else {})
 
         def epoch():
-            with cuda_optional(), redirect_stderr(io.StringIO()):
+            with one_device(device), redirect_stderr(io.StringIO()):
                 loops._model_loop(hooks, "train", loader, model, optimizer, 0, False, None)
 
         return epoch
