@@ -158,7 +158,7 @@ def read_result(path):
     """The content of a result.json, with what a table and a plot need of it; raises UserError where it is damaged."""
     remedy = "take it away, and train.py --resume writes it again (by a new training, if its checkpoints are gone)"
     with utils.telling_damage(lambda _: f"{path}: not a result of train.py, or damaged; {remedy}"):
-        result = {"name": "", **json.loads(path.read_text()), "folder": path.parent}
+        result = {**json.loads(path.read_text()), "folder": path.parent}
         result["dataset"] = canonical_name(result["dataset"])
         result.update({key: float(result[key]) for key in ("locked_acc", "orig_acc")})
         result["method"] = method_of(result)
@@ -172,7 +172,6 @@ def read_result(path):
             for key in ("locked_acc", "orig_acc")
         }
         result["max_orig_acc"] = max(result["curves"]["orig_acc"].values())
-        result["images"] = result["lock"] and result["lock"]["report"]["train"]["images"]
         result["lock_name"] = lock_of(result)
         result["paper"] = paper_accuracies(result)
         result["training"] = training_of(result)
@@ -243,7 +242,7 @@ def lock_of(result):
     if not result["lock"]:
         return "no manifest"
     settings = "{arch:s} {base_sha256:.7s}, eps {eps:g}, {attack_steps} steps".format(**result["lock"]["settings"])
-    return f"{settings}, {result['images']} images"
+    return f"{settings}, {result['lock']['report']['train']['images']} images"
 
 
 def place_in_table(group):
