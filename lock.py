@@ -253,7 +253,7 @@ def choose(args, locks, classifier, splits, device):
 
     The number of methods does not count, so that each gets the same files as alone.
     """
-    begun = shards.earlier_choices(locks, args.overwrite)
+    begun = shards.earlier_choices(locks, args)
     precision, why = utils.pick_precision(args.precision, device, classifier, begun.get("precision"))
     faster = device.type == "cuda" or (precision == "bfloat16" and utils.bfloat16_unit())
     passes = (args.attack_steps + 1) * sum(len(split.labels) for split in splits.values())

@@ -32,17 +32,24 @@ def hash_originals(splits):
     }
 
 
+# The flags that decide a lock's bytes, whatever its method
+FLAGS = "eps", "attack_lr", "attack_steps", "manual_seed", "subset", "arch"
+# What lock.py chooses by its device where it is not told, and whether a value is one that it chooses
+CHOICES = {
+    "precision": lambda value: value in list(utils.PRECISIONS),  # a dict raises an error for JSON's lists and objects
+    "compile": lambda value: value in utils.COMPILE[1:],
+    "batch_size": lambda value: isinstance(value, int) and value > 0,
+}
+
+
 def settings_of(method, classes, hashes, maps, base_sha256, args):
     """All that decides what a lock is; hashes are those of hash_originals. Locks of the same settings are the same."""
     return {
         "method": method,
-        **{name: getattr(args, name) for name in parameters_of(method)},
-        **{name: getattr(args, name) for name in ("eps", "attack_lr", "attack_steps", "batch_size", "manual_seed")},
-        **{name: getattr(args, name) for name in ("precision", "compile", "subset")},
+        **{name: getattr(args, name) for name in (*parameters_of(method), *FLAGS, *CHOICES)},
         "dataset": canonical_name(args.dataset),
         "classes": classes,
         "original_sha256": hashes,
-        "arch": args.arch,
         "base_sha256": base_sha256,
         "target_maps": {name: maps[name] for name in attacks_of([method])},
     }
@@ -60,21 +67,14 @@ def refuse_others(where, then, now):
         )
 
 
-# What lock.py chooses by its device where it is not told, and whether a value is one that it chooses
-CHOICES = {
-    "precision": lambda value: value in list(utils.PRECISIONS),  # a dict raises an error for JSON's lists and objects
-    "compile": lambda value: value in utils.COMPILE[1:],
-    "batch_size": lambda value: isinstance(value, int) and value > 0,
-}
-
-
-def earlier_choices(locks, overwrite):
-    """The CHOICES of the first lock that was begun or, unless it is to be overwritten, is finished, by name; none where
-    there is no such lock."""
+def earlier_choices(locks, args):
+    """The CHOICES of the first lock that is finished or was begun, by name; none where there is no such lock, or where
+    --overwrite is to replace it."""
     for paths in locks.values():
-        manifest = None if overwrite else lockfiles.read_manifest(paths)
-        settings = manifest["settings"] if manifest else begun_with(paths, overwrite)
-        if settings:
+        manifest = None if args.overwrite else lockfiles.read_manifest(paths)
+        settings = manifest["settings"] if manifest else begun_with(paths, args.overwrite)
+        replaced = args.overwrite and settings and any(settings.get(flag) != getattr(args, flag) for flag in FLAGS)
+        if settings and not replaced:
             return {name: settings[name] for name, known in CHOICES.items() if known(settings.get(name))}
     return {}
 
