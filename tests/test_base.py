@@ -261,6 +261,8 @@ def test_curves_that_cannot_be_written_end_a_training(tmp_path, user_error, monk
 
     monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", write)
     assert "No space left on device" in user_error(base.train, *base_flags(tmp_path), "--epochs", 1)
+    for store in list(tables.file._open_files.handlers):  # or PyTables would say at the end that it closes it
+        store.close()
 
 
 def test_a_store_on_a_file_system_that_cannot_lock(tmp_path):
