@@ -95,7 +95,7 @@ def best_record(history):
 
 
 def keep_epoch(start, checkpoint, learner, history, config, data_hash, epoch):
-    """Start writing the checkpoint of an epoch, and as the best one where its locked accuracy is the largest so far."""
+    """Start writing an epoch's checkpoint; also as the best one, where its locked accuracy is the largest so far."""
     is_best = best_record(history)["epoch"] == epoch
     start(write_checkpoint, checkpoint, snapshot(learner, epoch, history, config, data_hash), is_best)
 

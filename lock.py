@@ -187,16 +187,17 @@ def lock_dataset(args, ranks):
     splits, classifier, device, reason = ranks.everywhere(load_inputs, args)
     classes = splits["train"].classes
     locks = {method: Paths(args.lock_data, suffix) for method, suffix in suffixes_of(args).items()}
-    chosen = ranks.on_rank0(choose, args, locks, classifier, splits, device)
-    args.precision, why, args.compile, args.batch_size = chosen
+    maps, base_sha256 = target_maps(len(classes), args.manual_seed), sha256(Path(args.resume_path).read_bytes())
+    hashes = shards.hash_originals(splits)
+    settings = {method: shards.settings_of(method, classes, hashes, maps, base_sha256, args) for method in locks}
+    chosen, why = ranks.on_rank0(choose, args, locks, settings, classifier, splits, device)
+    vars(args).update(chosen)
+    settings = {method: fixed | chosen for method, fixed in settings.items()}
+    ranks.on_rank0(check_alike, ranks.gather(settings))
     folded = FoldedClassifier(classifier, PRECISIONS[args.precision])
     if args.compile == "always":
         batch_size = min(args.batch_size, len(splits["train"].labels))
         folded.model.forward = Compiled(folded.model.forward, batch_size, ranks.say)
-    maps, base_sha256 = target_maps(len(classes), args.manual_seed), sha256(Path(args.resume_path).read_bytes())
-    hashes = shards.hash_originals(splits)
-    settings = {method: shards.settings_of(method, classes, hashes, maps, base_sha256, args) for method in locks}
-    ranks.on_rank0(check_alike, ranks.gather(settings))
     with ExitStack() as stack:
         ranks.on_rank0(stack.enter_context, utils.exclusive(args.lock_data))
         manifests = ranks.on_rank0(shards.prepare, locks, settings, args)
@@ -248,18 +249,19 @@ def write_locks(locks, manifests, settings, splits, args):
             shards.forget(paths)
 
 
-def choose(args, locks, classifier, splits, device):
-    """Precision, why, compile, batch size: from the flags, or else as a lock was begun, or else what suits the device.
+def choose(args, locks, settings, classifier, splits, device):
+    """Precision, compile and batch size, by name: from the flags, or else as a lock was begun, or else what suits the
+    device. And why that precision.
 
     The number of methods does not count, so that each gets the same files as alone.
     """
-    begun = shards.earlier_choices(locks, args)
+    begun = shards.earlier_choices(locks, settings, args)
     precision, why = utils.pick_precision(args.precision, device, classifier, begun.get("precision"))
     faster = device.type == "cuda" or (precision == "bfloat16" and utils.bfloat16_unit())
     passes = (args.attack_steps + 1) * sum(len(split.labels) for split in splits.values())
     compile = utils.pick_compile(args.compile, faster, passes, begun.get("compile"))
     batch_size = args.batch_size or begun.get("batch_size") or default_batch_size(splits["train"].images, device)
-    return precision, why, compile, batch_size
+    return {"precision": precision, "compile": compile, "batch_size": batch_size}, why
 
 
 def default_batch_size(images, device):
@@ -428,7 +430,7 @@ def complete_arguments(args):
         elif not any(name in parameters_of(method) for method in args.lock_method):
             what = f"--lock-method {' '.join(args.lock_method)}" if args.lock_method else "--unlock"
             raise UserError(f"--{name}: {what} has no use for it; leave it out")
-    check_places(args)
+    check_folders(args)
     return args
 
 
@@ -437,8 +439,9 @@ def lies_in(path, folder):
     return Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 
-def check_places(args):
-    """Raise UserError where what is to be kept secret would lie in the folder that is handed out, or be replaced."""
+def check_folders(args):
+    """Raise UserError where what is to be kept secret would lie in the folder that is handed out, where a lock would
+    replace the originals, or where a lock would lie among the originals in a folder, and be a class of theirs."""
     secrets = {"--key-out": args.key_out, "--orig-data": args.unlock and args.orig_data}
     if args.dataset == "folder" and not args.unlock:  # other data sets are locked into ./data, where anything may lie
         secrets["--resume-path"] = args.resume_path

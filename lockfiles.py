@@ -367,9 +367,10 @@ def load_locked(image_path, label_path, lock_flags=""):
 def how_to_lock(path, lock_flags):
     """What to do about a locked file that is absent, as the end of a sentence: the command that makes a file of its
     name, with the lock_flags, if there is one."""
-    suffix = split_path(path)[0].suffix
-    method, parameters = parse_suffix(suffix)
-    if method not in METHODS or lock_suffix(method, **parameters) != suffix:
+    paths, _ = split_path(path)
+    method, parameters = parse_suffix(paths.suffix)
+    made = method in METHODS and lock_suffix(method, **parameters) == paths.suffix
+    if not made or path not in paths.groups()["tensor"]:
         return ", nor a name that lock.py gives; correct it"
     flags = "".join(f" --{name} {value:.12g}" for name, value in parameters.items() if value != 0.5)
     return f"; make it with python lock.py --lock-data {path.parent} --lock-method {method}{flags}{lock_flags}"

@@ -32,8 +32,6 @@ def hash_originals(splits):
     }
 
 
-# The flags that decide a lock's bytes, whatever its method
-FLAGS = "eps", "attack_lr", "attack_steps", "manual_seed", "subset", "arch"
 # What lock.py chooses by its device where it is not told, and whether a value is one that it chooses
 CHOICES = {
     "precision": lambda value: value in list(utils.PRECISIONS),  # a dict raises an error for JSON's lists and objects
@@ -43,10 +41,14 @@ CHOICES = {
 
 
 def settings_of(method, classes, hashes, maps, base_sha256, args):
-    """All that decides what a lock is; hashes are those of hash_originals. Locks of the same settings are the same."""
+    """All that decides what a lock is, but for the CHOICES; hashes are those of hash_originals.
+
+    With these added, locks of the same settings are the same.
+    """
+    flags = "eps", "attack_lr", "attack_steps", "manual_seed", "subset", "arch"
     return {
         "method": method,
-        **{name: getattr(args, name) for name in (*parameters_of(method), *FLAGS, *CHOICES)},
+        **{name: getattr(args, name) for name in (*parameters_of(method), *flags)},
         "dataset": canonical_name(args.dataset),
         "classes": classes,
         "original_sha256": hashes,
@@ -67,15 +69,16 @@ def refuse_others(where, then, now):
         )
 
 
-def earlier_choices(locks, args):
+def earlier_choices(locks, settings, args):
     """The CHOICES of the first lock that is finished or was begun, by name; none where there is no such lock, or where
-    --overwrite is to replace it."""
-    for paths in locks.values():
+    --overwrite is to replace it. settings are those of settings_of, by method."""
+    given = {name: value for name in CHOICES if (value := getattr(args, name)) not in (None, "auto")}
+    for method, paths in locks.items():
         manifest = None if args.overwrite else lockfiles.read_manifest(paths)
-        settings = manifest["settings"] if manifest else begun_with(paths, args.overwrite)
-        replaced = args.overwrite and settings and any(settings.get(flag) != getattr(args, flag) for flag in FLAGS)
-        if settings and not replaced:
-            return {name: settings[name] for name, known in CHOICES.items() if known(settings.get(name))}
+        before = manifest["settings"] if manifest else begun_with(paths, args.overwrite)
+        replaced = args.overwrite and before and before | settings[method] | given != before
+        if before and not replaced:
+            return {name: before[name] for name, known in CHOICES.items() if known(before.get(name))}
     return {}
 
 

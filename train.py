@@ -324,7 +324,7 @@ def find_state(checkpoint, folder, log):
 
 
 def settle_auto(config, model, begun_in, count):
-    """Put what auto means in the place of it in a config; returns why the precision was chosen.
+    """Replace auto in a config by what it stands for here; returns why the precision was chosen.
 
     begun_in is the precision of the epochs before, if any; count is the number of images in an epoch.
     """
@@ -345,7 +345,8 @@ def build_model(config, data, fresh):
 
 def log_data(log, data, manifest):
     """Log how many images a run has, and what of them is not verified."""
-    log("images: " + ", ".join(f"{len(labels)} {name}" for name, (_, labels) in data.items()))
+    counts = {name: len(labels) for name, (_, labels) in data.items()}
+    log("images: {train} to train on, {locked} locked and {original} original ones to test on".format(**counts))
     if manifest is None:
         log("the locked files have no manifest (lock_*.json): what they were made of and from is not verified")
     labels, original_labels = data["locked"][1], data["original"][1]

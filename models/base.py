@@ -63,8 +63,12 @@ def one_device(device):
     forward that is bound to the first one's weights.)
     """
     if device.type == "cuda":
-        parallel = nn.DataParallel
-        with mock.patch.object(nn, "DataParallel", lambda module, **_: parallel(module, [device.index])):
+
+        class OneGPU(nn.DataParallel):
+            def __init__(self, module, device_ids=None):
+                super().__init__(module, [device.index])
+
+        with mock.patch.object(nn, "DataParallel", OneGPU):
             yield
         return
     stay = {"cuda": lambda self, *args, **kwargs: self}
@@ -410,7 +414,7 @@ def read_resumed(args, model):
 def keep_best(args, resumed):
     """Copy --resume's checkpoint over checkpoint.pt.best where it is better, and return the better one's accuracy.
 
-    It may be, since a run can be stopped between writing the two. resumed is its accuracy.
+    A run can be stopped after the latest was written, and before the best was. resumed is the checkpoint's accuracy.
     """
     best = folder_of(args) / "checkpoint.pt.best"
     known = read_checkpoint(best).get(accuracy_key(args.adv_train), 0) if best.exists() else 0

@@ -178,7 +178,7 @@ def test_what_makes_it_fast_leaves_a_network_the_same(compiles):
 def test_robustness_computes_on_one_gpu(monkeypatch):
     """Whichever it asks DataParallel for: none, in evaluating, means all."""
     taken = []
-    monkeypatch.setattr(nn, "DataParallel", lambda module, device_ids: taken.append(device_ids))
+    monkeypatch.setattr(nn.DataParallel, "__init__", lambda self, module, device_ids: taken.append(device_ids))
     with one_device(torch.device("cuda", 1)):
         nn.DataParallel(None)
         nn.DataParallel(None, device_ids=None)

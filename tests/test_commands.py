@@ -91,12 +91,18 @@ def run_of(work):
     return folder, json.loads((folder / "result.json").read_text())
 
 
-def check_curves(folder, result):
-    """The curves of both accuracies are those of the result's history, once for each evaluation."""
+def check_event_files(folder, result):
+    """The curves of both accuracies are those of the result's history, once for each evaluation; all else is there."""
     for name, key in {"locked": "locked_acc", "original": "orig_acc"}.items():
         events = EventAccumulator(str(folder / name)).Reload().Scalars("accuracy/test")
         assert [event.step for event in events] == [record["epoch"] for record in result["history"]]
         assert [event.value for event in events] == pytest.approx([record[key] for record in result["history"]])
+    events = EventAccumulator(str(folder)).Reload()
+    assert events.Scalars("loss/train")[-1].step == result["epochs"]
+    assert events.Scalars("final/orig_acc")[0].value == pytest.approx(result["orig_acc"])
+    assert "_hparams_/session_start_info" in events.summary_metadata
+    assert b"lr_scheduler.base_lr" in events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    assert len(events.Images("images/originals, locked, 10 x difference")) == 1
 
 
 def test_what_a_run_leaves_behind(whole, place):
@@ -112,13 +118,7 @@ def test_what_a_run_leaves_behind(whole, place):
     best = torch.load(folder / "state_best.pth.tar")
     history = json.loads(best["history"])
     assert best["epoch"] == result["best_epoch"] == max(history, key=lambda record: record["locked_acc"])["epoch"]
-    check_curves(folder, result)
-    events = EventAccumulator(str(folder)).Reload()
-    assert events.Scalars("loss/train")[-1].step == 4
-    assert events.Scalars("final/orig_acc")[0].value == pytest.approx(result["orig_acc"])
-    assert "_hparams_/session_start_info" in events.summary_metadata
-    assert b"lr_scheduler.base_lr" in events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
-    assert len(events.Images("images/originals, locked, 10 x difference")) == 1
+    check_event_files(folder, result)
 
 
 def test_a_run_that_is_stopped_and_goes_on_ends_as_one_that_is_not(whole, stopped, command):
@@ -132,8 +132,7 @@ def test_a_run_that_is_stopped_and_goes_on_ends_as_one_that_is_not(whole, stoppe
     assert "--resume" in starts[1]["command"] and "--resume" not in starts[0]["command"]
     del expected["made_with"]
     assert result == expected
-    check_curves(folder, result)
-    assert EventAccumulator(str(folder)).Reload().Scalars("loss/train")[-1].step == 4
+    check_event_files(folder, result)
 
 
 def test_a_run_may_end_earlier_than_it_was_to(stopped, command):
@@ -142,7 +141,7 @@ def test_a_run_may_end_earlier_than_it_was_to(stopped, command):
     folder, result = run_of(stopped)
     assert [record["epoch"] for record in result["history"]] == [1, 2] and result["epochs"] == 2
     assert torch.load(folder / "state_best.pth.tar")["epoch"] == result["best_epoch"]
-    check_curves(folder, result)
+    check_event_files(folder, result)
 
 
 def test_a_finished_run_is_not_written_again(whole, command, capsys, tmp_path):
@@ -292,6 +291,7 @@ def test_training_goes_on_from_pretrained_weights(place, work, command, user_err
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: ..."),
         RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported ..."),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
         MemoryError(),
     ],
     ids=lambda error: f"{error!r:.40}",

@@ -96,7 +96,7 @@ def test_absent_file_names_the_command_that_makes_it(tmp_path):
     }.items():
         with pytest.raises(UserError, match=f"lock.py --lock-data {tmp_path} {flags}$"):
             load_locked(tmp_path / name, tmp_path / name)
-    for name in ("train_image_bsic", "train_image_mixup", "images"):
+    for name in ("train_image_bsic", "train_image_mixup", "train_images_basic", "trian_image_basic", "images"):
         with pytest.raises(UserError, match=f"{name}: no such file, nor a name that lock.py gives; correct it$"):
             load_locked(tmp_path / name, tmp_path / name)
 

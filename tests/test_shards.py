@@ -252,6 +252,7 @@ def test_a_lock_goes_on_as_it_was_begun_on_another_machine(place, command, monke
 def test_a_lock_that_replaces_another_goes_on_as_it_was_begun(place, locked, command, monkeypatch):
     """And not as the one that it replaces, nor as this machine would choose; but with other settings it starts anew."""
     flags = [*lock_flags(place, locked)[:-2], "--overwrite"]
+    monkeypatch.setattr(utils, "bfloat16_unit", lambda: None)
     monkeypatch.setitem(lock.BATCH_SIZES, "cpu", 60)
     sizes = interrupt(monkeypatch, at=2)
     with pytest.raises(SystemExit):
@@ -259,13 +260,16 @@ def test_a_lock_that_replaces_another_goes_on_as_it_was_begun(place, locked, com
     monkeypatch.setitem(lock.BATCH_SIZES, "cpu", 50)
     command(lock.main, *flags)
     assert sizes == [60, 36, 36, 60, 36] and manifest_of(locked)["settings"]["batch_size"] == 60
-    monkeypatch.setitem(lock.BATCH_SIZES, "cpu", 70)
-    interrupt(monkeypatch, at=2)
-    with pytest.raises(SystemExit):
-        command(lock.main, *flags)
-    monkeypatch.setitem(lock.BATCH_SIZES, "cpu", 50)
-    command(lock.main, *flags, "--eps", 0.7, "--subset", 4)
-    assert manifest_of(locked)["settings"]["batch_size"] == 50
+    torch.save({**torch.load(place / "base" / "checkpoint.pt.best"), "epoch": 9}, locked.parent / "other")
+    for other in (["--eps", 0.7], ["--resume-path", locked.parent / "other"], ["--precision", "bfloat16"]):
+        monkeypatch.setitem(lock.BATCH_SIZES, "cpu", 70)
+        interrupt(monkeypatch, at=2)
+        with pytest.raises(SystemExit):
+            command(lock.main, *flags)
+        monkeypatch.setitem(lock.BATCH_SIZES, "cpu", 50)
+        sizes = interrupt(monkeypatch, at=None)
+        command(lock.main, *flags, *other)
+        assert sizes == [50, 46] * 2
 
 
 def test_choices_that_no_lock_makes_are_not_taken_over(place, locked, user_error, command):
