@@ -50,7 +50,16 @@ from data import Split, to_float
 from graphs import Compiled
 from methods import METHODS, attacks_of, target_maps
 from models import MODELS
-from models.base import Batches, FoldedClassifier, accuracies, attacker_model, augment_photos, one_device, speed_up
+from models.base import (
+    Batches,
+    FoldedClassifier,
+    accuracies,
+    attacker_model,
+    augment_photos,
+    one_device,
+    robustness_main,
+    speed_up,
+)
 from utils import UserError
 
 
@@ -204,7 +213,8 @@ def random_split(count):
 
 def base_works(device, precision, size):
     """The line about training a base classifier, by robustness' own loop both times."""
-    from robustness import data_augmentation  # here: models.base has made it importable
+    robustness_main()  # imports robustness.train, and hides its warnings
+    from robustness import data_augmentation
     from robustness import train as loops
     from robustness.tools import helpers
 

@@ -1,0 +1,37 @@
+"""The benchmark: every line can be measured, and counts the work that there is. How fast it is, no test asks."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+from tests.benchmarks import speed
+
+
+def test_every_line_is_measured(command, capsys, monkeypatch):
+    """In the smallest sizes."""
+    sizes = {"reference_batch": 2, "batch": 2, "steps": 1, "batches": 1, "rounds": 1, "base_batch": 2, "jobs": 2}
+    size = speed.Size(models={"preresnet8": 2}, workers=(1, 1), together=("preresnet8",), **sizes)
+    monkeypatch.setitem(speed.SIZES, "cpu", size)
+    monkeypatch.setattr(speed, "ceilings", lambda *args: (1e12, 1e9))
+    monkeypatch.setattr(speed, "together", lambda *args: nullcontext(lambda: None))
+    command(speed.main, "--profile")
+    out = capsys.readouterr().out
+    lines = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| ")]
+    assert [name for name, *_ in lines[1:]] == [
+        "a step of the attack on ResNet-50",
+        "a step of the lock by all four methods",
+        "train the base classifier, ResNet-50, batch 2",
+        "train preresnet8, batch 2",
+        "train preresnet8, batch 2, 2 at once",
+    ]
+    assert all(float(ratio.removesuffix("x")) > 0 for _, _, _, ratio, *_ in lines[1:])
+    assert out.count("```\n") == 8  # profiles of all but the last
+
+
+def test_the_cost_of_a_model():
+    """A multiplication and an addition for each weight and place; what every layer reads and writes, in two bytes."""
+    model = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 32 * 32, 7))
+    flops, size = speed.cost_of(model, torch.bfloat16, passes=3)
+    assert flops == 3 * 2 * (3 * 5 * 9 + 5 * 7) * 32 * 32
+    assert size == 3 * 2 * ((3 + 5 + 5) * 32 * 32 + 7)
