@@ -108,7 +108,7 @@ def memory_is_full(error):
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     # what CUDA, cuBLAS and cuDNN need for themselves, and a CPU's tensors, are plain RuntimeErrors
-    said = "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "ALLOCATION_FAILED", "DefaultCPUAllocator"
+    said = "CUDA error: out of memory", "STATUS_ALLOC_FAILED", "ALLOCATION_FAILED", "DefaultCPUAllocator"
     return any(words in str(error) for words in said)
 
 
