@@ -434,11 +434,6 @@ def complete_arguments(args):
     return args
 
 
-def lies_in(path, folder):
-    """Whether a path is a folder, or lies in it."""
-    return Path(path).resolve().is_relative_to(Path(folder).resolve())
-
-
 def check_folders(args):
     """Raise UserError where what is to be kept secret would lie in the folder that is handed out, where a lock would
     replace the originals, or where a lock would lie among the originals in a folder, and be a class of theirs."""
@@ -446,12 +441,12 @@ def check_folders(args):
     if args.dataset == "folder" and not args.unlock:  # other data sets are locked into ./data, where anything may lie
         secrets["--resume-path"] = args.resume_path
     for flag, path in secrets.items():
-        if path and lies_in(path, args.lock_data):
+        if path and utils.lies_in(path, args.lock_data):
             raise UserError(f"{flag} {path}: lies in the folder that is handed out; name another place")
     if args.unlock or args.verify:
         return
-    replaced = any(lies_in(args.orig_data, Path(args.lock_data, suffix)) for suffix in suffixes_of(args).values())
-    together = lies_in(args.orig_data, args.lock_data) or lies_in(args.lock_data, args.orig_data)
+    replaced = any(utils.lies_in(args.orig_data, Path(args.lock_data, end)) for end in suffixes_of(args).values())
+    together = utils.lies_in(args.orig_data, args.lock_data) or utils.lies_in(args.lock_data, args.orig_data)
     if replaced or (args.dataset == "folder" and together):
         raise UserError(
             f"--lock-data {args.lock_data}: what is handed out and the originals in {args.orig_data} lie in one "

@@ -356,7 +356,7 @@ def log_data(log, data, manifest):
 
 def run(args, config, data, manifest, folder, suffix):
     """Train in a folder, from the start or from the last whole checkpoint; writes all that a run leaves behind."""
-    if args.overwrite and config.pretrained and folder.resolve() in Path(config.pretrained).resolve().parents:
+    if args.overwrite and config.pretrained and utils.lies_in(config.pretrained, folder):
         raise UserError(f"pretrained: {config.pretrained}: --overwrite would delete it; give the run another --name")
     checkpoint, picture = folder / config.ckpt_path / f"{config.ckpt_name}.pth.tar", folder / "images.png"
     data_hash = hash_data(data)  # as the files hold them: another CPU may round differently in preprocessing them

@@ -232,6 +232,11 @@ def discard(folder, trash):
         shutil.rmtree(trash)
 
 
+def lies_in(path, folder):
+    """Whether a path is a folder, or lies in it."""
+    return Path(path).resolve().is_relative_to(Path(folder).resolve())
+
+
 def make_folder(path):
     """Make a folder that files can be written to; raises UserError where that cannot be."""
     try:

@@ -122,6 +122,12 @@ def make_work_path(work, place):
     return work
 
 
+def run_of(work):
+    """The folder of the run in a work path, and its result."""
+    folder = work / "basic" / "seed0"
+    return folder, json.loads((folder / "result.json").read_text())
+
+
 @pytest.fixture
 def locked(place, tmp_path):
     """A copy of the folder with the two locks, whose files a test may change."""

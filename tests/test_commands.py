@@ -21,7 +21,7 @@ import train
 from config import KEYS, load_config
 from experiments import __main__ as study
 from models import base
-from tests.conftest import ROOT, call, lock_flags, make_work_path, manifest_of
+from tests.conftest import ROOT, call, lock_flags, make_work_path, manifest_of, run_of
 
 TRAIN = ["--epochs", 4, "--batch_size", 32, "--mixup", "True", "--augmentation.cutout", "True", "--ckpt_name", "state"]
 
@@ -83,12 +83,6 @@ def stopped(work, command, monkeypatch):
         command(train.main, "--work-path", work, *TRAIN)
     time.sleep(1)  # TensorBoard reads files in the order of the seconds they were begun in
     return work
-
-
-def run_of(work):
-    """The folder of the run in a work path, and its result."""
-    folder = work / "basic" / "seed0"
-    return folder, json.loads((folder / "result.json").read_text())
 
 
 def check_event_files(folder, result):

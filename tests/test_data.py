@@ -1,7 +1,6 @@
 """Data sets, and images of one's own in a folder: what is read, what is refused, and the three commands on a folder."""
 
 import errno
-import json
 import re
 import shutil
 from types import SimpleNamespace
@@ -19,7 +18,7 @@ import lockfiles
 import train
 from data import to_float
 from models import base
-from tests.conftest import ROOT, base_flags, call, manifest_of
+from tests.conftest import ROOT, base_flags, call, manifest_of, run_of
 from utils import UserError
 
 # A PNG of 1x1 pixels with 16 bits a colour, which Pillow reads, but cannot write.
@@ -192,7 +191,7 @@ def test_the_three_commands_and_back(digits, command, user_error, tmp_path):
         f"{{architecture: preresnet8, dataset: folder, orig_data_path: {photos}, num_classes: 4}}"
     )
     command(train.main, "--work-path", tmp_path, "--lock-data", locked, "--epochs", 1)
-    result = json.loads((tmp_path / "basic" / "seed0" / "result.json").read_text())
+    _, result = run_of(tmp_path)
     assert result["lock"] == manifest and result["dataset"] == "folder"
 
     command(lock.main, "--unlock", "--key", key, "--lock-data", locked, "--orig-data", tmp_path / "out")
@@ -209,7 +208,7 @@ def test_the_three_commands_and_back(digits, command, user_error, tmp_path):
     for name in ("vgg19", "vit"):
         line = user_error(train.main, *again, "--architecture", name)
         assert f"{name}: does not take images of 24x20 pixels (" in line
-    assert json.loads((tmp_path / "basic" / "seed0" / "result.json").read_text()) == result
+    assert run_of(tmp_path)[1] == result
 
 
 def test_the_script_of_the_readme_scales_images(monkeypatch, tmp_path):

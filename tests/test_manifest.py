@@ -15,7 +15,7 @@ import train
 import utils
 from lockfiles import Paths
 from methods import TARGET_MAPS
-from tests.conftest import forbid_attacks, lock_flags, manifest_of
+from tests.conftest import forbid_attacks, lock_flags, manifest_of, run_of
 from utils import UserError
 
 
@@ -65,7 +65,7 @@ def test_a_tensors_hash_tells_order_values_shape_and_type_apart():
 
 def test_the_result_of_a_training_holds_the_manifest(place, work, command):
     command(train.main, "--work-path", work, "--epochs", 1)
-    result = json.loads((work / "basic" / "seed0" / "result.json").read_text())
+    _, result = run_of(work)
     assert result["lock"] == manifest_of(place)
     (start,) = result["made_with"]
     assert (start["torch"], start["threads"]) == (torch.__version__, torch.get_num_threads())
@@ -82,7 +82,7 @@ def test_locked_files_without_a_manifest_are_taken_and_the_log_says_what_is_not_
     log = (work / "basic" / "seed0" / "log.txt").read_text()
     assert "the locked files have no manifest" in log
     assert "warning: the labels of the locked and the original test set differ" in log
-    assert json.loads((work / "basic" / "seed0" / "result.json").read_text())["lock"] is None
+    assert run_of(work)[1]["lock"] is None
 
 
 def test_files_that_do_not_belong_together(place, work, user_error, monkeypatch):
@@ -231,7 +231,7 @@ def test_png_files_hold_what_the_tensors_hold(place, work, locked, command, monk
     assert not (tmp_path / "alone" / "train_image_basic").exists()
     run = ["--work-path", work, "--epochs", 1]
     command(train.main, *run, *alone)
-    result = json.loads((work / "basic" / "seed0" / "result.json").read_text())
+    _, result = run_of(work)
     assert list(result["lock"]["files"]) == ["basic/train.sha256", "basic/test.sha256"]
     path, other = (next((tmp_path / "alone" / "basic" / "test" / label).iterdir()) for label in "34")
     content = path.read_bytes()
