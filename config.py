@@ -22,7 +22,7 @@ class Key(NamedTuple):
 
 
 # The keys are CIFAR-ZOO's and the authors', but for seed, precision, compile, cutmix, cutmix_alpha, train_on,
-# pretrained, preprocess and adversarial, which are new.
+# subset, pretrained, preprocess and adversarial, which are new.
 KEYS = {
     "architecture": Key(str, "one of models/, as preresnet110", choices=tuple(MODELS)),
     "dataset": Key(str, "cifar10, digits or folder", choices=tuple(DATASETS)),
@@ -59,6 +59,7 @@ KEYS = {
     "cutmix": Key(False, "put a piece of another image into each training image"),
     "cutmix_alpha": Key(1.0, "alpha of the Beta distribution of the piece's area", 0.01),
     "train_on": Key("locked", "locked or original images: a control", choices=("locked", "original")),
+    "subset": Key(0, "train on the first VALUE images only; 0: on all", 0),
     "pretrained": Key("", "weights to begin with: a checkpoint of train.py, or a state dict, of this architecture"),
     "preprocess.grayscale": Key(False, "take the colours away, in training and test sets"),
     # at most 2, for images of at least 8x8 pixels

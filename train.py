@@ -145,7 +145,8 @@ def evaluate(model, images, labels, config):
 
 def load_data(config):
     """The splits {name: (images uint8 [N, 3, H, W], labels int64 [N])}: train (locked images, or as many originals
-    where train_on says so), and the test sets locked and original. And the lock's manifest, or None where it has none.
+    where train_on says so, or only the first subset of these), and the test sets locked and original. And the lock's
+    manifest, or None where it has none.
 
     Raises UserError where a file is absent, has changed, or does not fit the config or the other files.
     """
@@ -177,6 +178,8 @@ def load_data(config):
         if manifests["train"]:
             check_originals(part, "train", manifests["train"], config)
         data["train"] = part.first(len(data["train"][0]))[:2]
+    if config.subset:
+        data["train"] = tuple(tensor[: config.subset] for tensor in data["train"])
     return data, manifests["train"]
 
 

@@ -155,10 +155,12 @@ def test_a_finished_run_is_not_written_again(whole, command, capsys, tmp_path):
 
 
 def test_what_is_trained_on_and_tested_with(place, work, command, monkeypatch):
-    """A control trains on as many originals; preprocessing changes all three sets alike, and leaves their hash."""
-    config = load_config(work / "config.yaml", {})
-    plain, manifest = train.load_data(config)
-    control, same = train.load_data(load_config(work / "config.yaml", {"train_on": "original"}))
+    """A control trains on as many originals, and a subset is of the training set; preprocessing changes all three sets
+    alike, and leaves their hash."""
+    (plain, manifest), (control, same), (few, _), (few_originals, _) = (
+        train.load_data(load_config(work / "config.yaml", keys))
+        for keys in ({}, {"train_on": "original"}, {"subset": "7"}, {"subset": "7", "train_on": "original"})
+    )
     seen = []
     monkeypatch.setattr(train.runs, "show_pictures", lambda data, *rest: seen.append(data))
     command(train.main, "--work-path", work, "--epochs", 1, "--preprocess.bits", 1)
@@ -171,7 +173,9 @@ def test_what_is_trained_on_and_tested_with(place, work, command, monkeypatch):
     for name, (images, labels) in plain.items():
         assert torch.equal(bits[name][0], images // 128 * 128) and torch.equal(bits[name][1], labels)
         if name != "train":
-            assert torch.equal(control[name][0], images)
+            assert torch.equal(control[name][0], images) and torch.equal(few[name][0], images)
+    for whole, part in ((plain, few), (control, few_originals)):
+        assert all(torch.equal(part["train"][kind], whole["train"][kind][:7]) for kind in (0, 1))
 
 
 def test_each_method_and_seed_has_its_own_folder(place, work, command):
