@@ -198,7 +198,8 @@ def gather(folders):
 
 def settings_of(result):
     """What makes a run another one, but for the seed, as a flat dict: the keys of its config that are not as by
-    default, and the settings of its lock; a lock without a manifest is known by its path."""
+    default, and the settings of its lock; a lock without a manifest is known by its path, and weights that are those of
+    a run of the same seed by that path without the seed."""
     free = FREE_ON_RESUME - {"eval_freq"}  # the largest accuracy on the way is one of so many
     defaults = flatten(CONFIG)
     config = {
@@ -208,6 +209,8 @@ def settings_of(result):
         if key not in free or (key == "locked_train_image" and not result["lock"])
         if value != defaults.get(key)  # a run that is older than a key has none
     }
+    if "pretrained" in config:
+        config["pretrained"] = config["pretrained"].replace(f"seed{result['seed']}", "seed*")
     return config | flatten({"lock": result["lock"]["settings"]} if result["lock"] else {})
 
 

@@ -139,11 +139,27 @@ def test_other_trainings_have_a_panel_of_their_own(monkeypatch, tmp_path):
     ],
 )
 def test_results_that_belong_together(tmp_path, one, other):
-    for name, change in {"a": one, "b": other}.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "result.json").write_text(json.dumps({**RESULT, "config": {}} | change))
-    (group,) = study.gather([tmp_path])
+    (group,) = gather_changed(tmp_path, one, other)
     assert len(group) == 2 and all(result["paper"] and result["label"] == "plain" for result in group)
+
+
+def test_runs_that_each_began_with_the_weights_of_their_seed_belong_together(tmp_path):
+    same, other = gather_changed(
+        tmp_path,
+        {"config": {"pretrained": "a/seed0/b"}},
+        {"config": {"pretrained": "a/seed1/b"}, "seed": 1},
+        {"config": {"pretrained": "a/seed0/b"}, "seed": 2},
+    )
+    assert ([result["seed"] for result in same], [result["seed"] for result in other]) == ([0, 1], [2])
+    assert not same[0]["paper"]
+
+
+def gather_changed(tmp_path, *changes):
+    """The groups of some results that differ from RESULT."""
+    for index, change in enumerate(changes):
+        (tmp_path / f"{index}").mkdir()
+        (tmp_path / f"{index}" / "result.json").write_text(json.dumps({**RESULT, "config": {}} | change))
+    return study.gather([tmp_path])
 
 
 def test_a_line_is_the_mean_of_the_seeds_where_all_were_evaluated():
