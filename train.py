@@ -145,8 +145,8 @@ def evaluate(model, images, labels, config):
 
 def load_data(config):
     """The splits {name: (images uint8 [N, 3, H, W], labels int64 [N])}: train (locked images, or as many originals
-    where train_on says so, or only the first subset of these), and the test sets locked and original. And the lock's
-    manifest, or None where it has none.
+    where train_on says so; of either only the first, where there is a subset), and the test sets locked and original.
+    And the lock's manifest, or None where it has none.
 
     Raises UserError where a file is absent, has changed, or does not fit the config or the other files.
     """
@@ -178,6 +178,9 @@ def load_data(config):
         if manifests["train"]:
             check_originals(part, "train", manifests["train"], config)
         data["train"] = part.first(len(data["train"][0]))[:2]
+    count = len(data["train"][1])
+    if config.subset > count:
+        raise UserError(f"subset is {config.subset}, but there are {count} images to train on; take at most as many")
     if config.subset:
         data["train"] = tuple(tensor[: config.subset] for tensor in data["train"])
     return data, manifests["train"]

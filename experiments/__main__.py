@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -161,6 +162,8 @@ def read_result(path):
         result = {**json.loads(path.read_text()), "folder": path.parent}
         result["dataset"] = canonical_name(result["dataset"])
         result.update({key: float(result[key]) for key in ("locked_acc", "orig_acc")})
+        # whether each seed began with the weights of one run, or of that of its own seed
+        result["config"]["pretrained"] = re.sub(r"\bseed\d+\b", "seed*", result["config"].get("pretrained", ""))
         result["method"] = method_of(result)
         result["settings"] = settings_of(result)
         # but for the seed, what makes it this run; :s and :d refuse values of other types
@@ -198,8 +201,7 @@ def gather(folders):
 
 def settings_of(result):
     """What makes a run another one, but for the seed, as a flat dict: the keys of its config that are not as by
-    default, and the settings of its lock; a lock without a manifest is known by its path, and weights that are those of
-    a run of the same seed by that path without the seed."""
+    default, and the settings of its lock; a lock without a manifest is known by its path."""
     free = FREE_ON_RESUME - {"eval_freq"}  # the largest accuracy on the way is one of so many
     defaults = flatten(CONFIG)
     config = {
@@ -209,8 +211,6 @@ def settings_of(result):
         if key not in free or (key == "locked_train_image" and not result["lock"])
         if value != defaults.get(key)  # a run that is older than a key has none
     }
-    if "pretrained" in config:
-        config["pretrained"] = config["pretrained"].replace(f"seed{result['seed']}", "seed*")
     return config | flatten({"lock": result["lock"]["settings"]} if result["lock"] else {})
 
 

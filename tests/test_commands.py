@@ -326,6 +326,8 @@ def test_mistakes_in_training(place, work, user_error, command, tmp_path):
     assert "--alpha goes with --lock-method" in user_error(train.main, "--work-path", work, "--alpha", 0.3)
     alone = ["--architecture", "mobilenet_v2", "--batch_size", 95, "--overwrite"]  # of 96 images
     assert "batch_size 95: leaves the last of 96 images" in user_error(train.main, "--work-path", work, *alone)
+    line = user_error(train.main, "--work-path", work, "--subset", 97)
+    assert "subset is 97, but there are 96 images to train on" in line
     assert checkpoint.exists()
     line = user_error(
         train.main, "--work-path", work, "--locked_train_label", place / "test_label_basic", "--dataset", "cifar10"

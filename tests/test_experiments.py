@@ -143,15 +143,14 @@ def test_results_that_belong_together(tmp_path, one, other):
     assert len(group) == 2 and all(result["paper"] and result["label"] == "plain" for result in group)
 
 
-def test_runs_that_each_began_with_the_weights_of_their_seed_belong_together(tmp_path):
-    same, other = gather_changed(
-        tmp_path,
-        {"config": {"pretrained": "a/seed0/b"}},
-        {"config": {"pretrained": "a/seed1/b"}, "seed": 1},
-        {"config": {"pretrained": "a/seed0/b"}, "seed": 2},
-    )
-    assert ([result["seed"] for result in same], [result["seed"] for result in other]) == ([0, 1], [2])
-    assert not same[0]["paper"]
+def test_of_pretrained_weights_the_seed_does_not_count(tmp_path):
+    paths = ["a/seed0/b", "a/seed1/b", "a/seed0/b", "c/seed0/b"]
+    changes = [{"config": {"pretrained": path}, "seed": seed} for seed, path in enumerate(paths)]
+    same, other = gather_changed(tmp_path, *changes)
+    assert ([result["seed"] for result in same], [result["seed"] for result in other]) == ([0, 1, 2], [3])
+    assert not any(result["paper"] for result in same)
+    control = {**same[0], "training": same[1]["training"] | {"train_on": "original"}}
+    assert study.control_of(same[0], [other, [control]]) == [control]
 
 
 def gather_changed(tmp_path, *changes):
@@ -308,7 +307,7 @@ def test_mistakes(results, user_error, monkeypatch, tmp_path):
     mixup = ["--variant", "mixup", "--lock-data", "mixup"]  # the second one is a folder
     assert "1 of 1 runs failed" in user_error(study.main, "--run", "--work-path", tmp_path / "none", *mixup)
     for content in ("{}", "[]", "{", json.dumps({**RESULT, "config": 3}), json.dumps({**RESULT, "history": None}),
-                    json.dumps({**RESULT, "history": []}),
+                    json.dumps({**RESULT, "history": []}), json.dumps({**RESULT, "config": {"pretrained": 3}}),
                     json.dumps({**RESULT, "history": [{**RESULT["history"][0], "epoch": None}]}), "[" * 99999,
                     json.dumps({**RESULT, "lock": lock_of(original_sha256=0)}),
                     json.dumps({**RESULT, "name": None}), json.dumps({**RESULT, "alpha": "x"})):  # fmt: skip
