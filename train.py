@@ -181,8 +181,7 @@ def load_data(config):
     count = len(data["train"][1])
     if config.subset > count:
         raise UserError(f"subset is {config.subset}, but there are {count} images to train on; take at most as many")
-    if config.subset:
-        data["train"] = tuple(tensor[: config.subset] for tensor in data["train"])
+    data["train"] = tuple(tensor[: config.subset or count] for tensor in data["train"])
     return data, manifests["train"]
 
 

@@ -162,7 +162,7 @@ def read_result(path):
         result = {**json.loads(path.read_text()), "folder": path.parent}
         result["dataset"] = canonical_name(result["dataset"])
         result.update({key: float(result[key]) for key in ("locked_acc", "orig_acc")})
-        # whether each seed began with the weights of one run, or of that of its own seed
+        # of the run whose weights it began with the seed does not count: it may be its own, or the same for all seeds
         result["config"]["pretrained"] = re.sub(r"\bseed\d+\b", "seed*", result["config"].get("pretrained", ""))
         result["method"] = method_of(result)
         result["settings"] = settings_of(result)

@@ -18,7 +18,7 @@ import lock
 import train
 import utils
 from models import base
-from tests.conftest import base_flags, flip_bit, lock_flags
+from tests.conftest import base_flags, flip_bit, lock_flags, run_of
 from tests.processes import TURN, finish, start, wait
 
 
@@ -87,12 +87,11 @@ def test_a_training_that_is_killed_and_started_again_ends_as_one_that_was_not(wo
 
     kill_at_random_moments(train.main, arguments_in, folders)
     for folder in folders[1:]:
-        undisturbed, disturbed = (one / "basic" / "seed0" for one in (folders[0], folder))
+        (undisturbed, expected), (disturbed, result) = (run_of(one) for one in (folders[0], folder))
         for name in ("ckpt.pth.tar", "ckpt_best.pth.tar"):
             assert (disturbed / name).read_bytes() == (undisturbed / name).read_bytes()
-        results = [json.loads((one / "result.json").read_text()) for one in (undisturbed, disturbed)]
-        assert all(result.pop("made_with") for result in results)  # it tells when
-        assert results[0] == results[1]
+        assert expected.pop("made_with") and result.pop("made_with")  # it tells when
+        assert result == expected
 
 
 def test_a_full_disk_costs_no_shard_and_no_older_lock(place, tmp_path):
