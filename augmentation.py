@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from data import DATASETS, read_image, to_float
+from data import DATASETS, to_float
 
 
 def random_crop(images, padding=4):
@@ -135,5 +135,5 @@ def preprocess(images, config):
 def compress(image, quality):
     """An image uint8 [3, H, W] as it is after JPEG of this quality, from 1 to 100."""
     file = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "jpeg", quality=quality)
-    return read_image("an image in memory", file.getvalue())
+    functional.to_pil_image(image).save(file, "jpeg", quality=quality)
+    return functional.pil_to_tensor(Image.open(file))

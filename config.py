@@ -102,12 +102,9 @@ def changes(before, config):
     return {key: (before[key], now) for key, now in flatten(config).items() if key not in free and before[key] != now}
 
 
-def load_config(path, overrides):
-    """Read a config.yaml over the defaults; overrides maps flat keys ('optimize.momentum') to strings.
-
-    Returns an EasyDict with every key of CONFIG. Raises UserError naming the file and the key for an unknown
-    key, a value that the key cannot have, and a key that is missing.
-    """
+def read_config_file(path):
+    """The values of a config.yaml by flat key ('optimize.momentum'); raises UserError where it cannot be read, or names
+    a key twice."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; the work path is a folder with a config.yaml")
     try:
@@ -124,7 +121,16 @@ def load_config(path, overrides):
     for alias, key in ALIASES.items():
         if {alias, key} <= content.keys():
             raise UserError(f"{path}: {alias} and {key} are one key; give one of them")
-    given = {ALIASES.get(key, key): value for key, value in flat.items()}
+    return {ALIASES.get(key, key): value for key, value in flat.items()}
+
+
+def load_config(path, overrides):
+    """Read a config.yaml over the defaults; overrides maps flat keys to strings.
+
+    Returns an EasyDict with every key of CONFIG. Raises UserError naming the file and the key for an unknown
+    key, a value that the key cannot have, and a key that is missing.
+    """
+    given = read_config_file(path)
     where = {key: f"{path}: {key}" for key in [*KEYS, *given]}
     for key, text in overrides.items():
         # text stays text where text is wanted: a folder named 1e3 is no number

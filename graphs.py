@@ -18,17 +18,17 @@ class Compiled:
     Batches of another size, such as the last one of a data set, and those without gradients go through the function
     itself: compiling once more would take longer than that. Where torch.compile fails, it says so once, and everything
     goes through the function. Given to a module in place of its forward, it leaves all else about the module as it is.
-    Options go to torch.compile.
+    mode is torch.compile's.
     """
 
-    def __init__(self, function, batch_size, say=print, **options):
-        self.function, self.batch_size, self.say, self.options = function, batch_size, say, options
+    def __init__(self, function, batch_size, say=print, mode=None):
+        self.function, self.batch_size, self.say, self.mode = function, batch_size, say, mode
         self.compiled, self.failed = None, False
 
     def __call__(self, images, *args, **kwargs):
         if not self.failed and torch.is_grad_enabled() and len(images) == self.batch_size:
             try:  # torch.compile itself refuses a Python that is newer than it
-                self.compiled = self.compiled or torch.compile(self.function, dynamic=False, **self.options)
+                self.compiled = self.compiled or torch.compile(self.function, dynamic=False, mode=self.mode)
                 return self.compiled(images, *args, **kwargs)
             except Exception as error:  # no C++ compiler, or one of many other reasons: none stops the work
                 recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

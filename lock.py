@@ -98,13 +98,13 @@ def lock_split(lock_one, images, labels, split, locks, args, device, ranks):
 
     lock_one is lock_batch, given what is the same for every batch; locks gives the Paths of each method.
     """
-    batches = {start: slice(start, start + args.batch_size) for start in range(0, len(images), args.batch_size)}
-    todo = list(ranks.on_rank0(shards.missing, locks, split, batches).items())
+    starts = range(0, len(images), args.batch_size)
+    todo = list(ranks.on_rank0(shards.missing, locks, split, starts).items())
     if not todo:
         return
-    if len(todo) < len(batches):
-        ranks.say(f"{split}: going on after {len(batches) - len(todo)} of {len(batches)} batches")
-    sizes = {start: len(labels[batches[start]]) for start, _ in todo}
+    if len(todo) < len(starts):
+        ranks.say(f"{split}: going on after {len(starts) - len(todo)} of {len(starts)} batches")
+    sizes = {start: min(args.batch_size, len(images) - start) for start, _ in todo}
     evaluations = (args.attack_steps + 1) * sum(sizes[start] * len(attacks_of(methods)) for start, methods in todo)
     t0 = time.time()
     with tqdm(
@@ -120,12 +120,12 @@ def lock_split(lock_one, images, labels, split, locks, args, device, ranks):
             results = error = None
             if ranks.rank < len(together):
                 start, methods = together[ranks.rank]
-                batch, batch_labels = images[batches[start]].to(device), labels[batches[start]].to(device)
+                batch = [tensor[start : start + sizes[start]].to(device) for tensor in (images, labels)]
                 advance = partial(progress.update, sum(sizes[start] for start, _ in together))
-                results, error = utils.attempt(lock_one, batch, batch_labels, split, methods, advance)
+                results, error = utils.attempt(lock_one, *batch, split, methods, advance)
             made = ranks.gather((results or {}, utils.environment(device)))
             ranks.on_rank0(shards.write_all, locks, split, [start for start, _ in together], made)
-            ranks.end_where_any(error)  # only now: the others' batches are written
+            ranks.abort_if_any(error)  # only now: the others' batches are written
     seconds, count = time.time() - t0, sum(sizes.values())
     ranks.say(f"{split}: {count} images in {seconds:.0f} s, {count / seconds:.1f} a second")
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from data import SPLITS, check_names, is_plain, read_image, to_uint8
-from methods import METHODS, TARGET_MAPS, parameters_of
+from methods import TARGET_MAPS, parameters_of
 from utils import UserError, discard, first_line, naming, serialize, sync_folder, telling_damage
 
 # Names of files
@@ -31,15 +31,13 @@ def lock_suffix(method, alpha=0.5, lambd=0.5):
 
 
 def parse_suffix(suffix):
-    """The method and its parameters, by name, from the end of a file's name; where lock_suffix did not make it,
-    all of it, and no parameters."""
+    """The method and its parameters, by name, from the end of a file's name; None where lock_suffix did not make it."""
     *percents, method = suffix.split("_")
     try:
         parameters = {name: float(part) / 100 for name, part in zip(parameters_of(method), percents)}
-        made = lock_suffix(method, **parameters) == suffix
+        return (method, parameters) if lock_suffix(method, **parameters) == suffix else None
     except (KeyError, ValueError):
-        made = False
-    return (method, parameters) if made else (suffix, {})
+        return None
 
 
 class Paths:
@@ -87,7 +85,7 @@ class Paths:
         return path.relative_to(self.folder).as_posix()
 
 
-def split_path(path):
+def parse_path(path):
     """The Paths that a locked file belongs to, and its split, as its name tells."""
     split, _, rest = path.name.partition("_")
     return Paths(path.parent, rest.partition("_")[2]), split
@@ -97,7 +95,7 @@ def locks_in(folder):
     """The Paths of every lock in a folder that has a manifest."""
     files = sorted(path for path in Path(folder).glob("lock_*.json") if path.is_file())
     suffixes = [path.stem.removeprefix("lock_") for path in files]
-    return [Paths(folder, suffix) for suffix in suffixes if parse_suffix(suffix)[0] in METHODS]
+    return [Paths(folder, suffix) for suffix in suffixes if parse_suffix(suffix)]
 
 
 # Hashes and manifests
@@ -193,13 +191,13 @@ def formats_of(paths, manifest):
 
 
 def check_files(paths, manifest):
-    """Yield a UserError for each file that a manifest lists and that is absent, or not as it was locked."""
+    """Yield an error for each file that a manifest lists and that is absent, unreadable, or not as it was locked."""
     groups = paths.groups()
     for path in [*groups["tensor"], *groups["sealed"]]:
         if paths.name(path) in manifest["files"]:
             try:
                 read_checked(paths, manifest, path)
-            except UserError as error:
+            except (UserError, OSError) as error:
                 yield error
     if "png" in formats_of(paths, manifest):
         yield from check_tree(paths, manifest)
@@ -211,14 +209,14 @@ def check_tree(paths, manifest):
     for split in SPLITS:
         try:
             sums = read_sums(paths, split, manifest)
-        except UserError as error:
+        except (UserError, OSError) as error:
             yield error
             return
         for name, expected in sums.items():
             known.add(paths.tree / split / name)
             try:
-                read_leaf(paths, split, name, expected)
-            except UserError as error:
+                png_bytes(paths, split, name, expected)
+            except (UserError, OSError) as error:
                 yield error
     for path in sorted(paths.tree.rglob("*")):
         if path not in known and path.name != ".DS_Store" and (path.is_symlink() or not path.is_dir()):
@@ -279,14 +277,15 @@ def check_tensors(images, labels, image_path, label_path):
         raise UserError(f"{label_path}: expected labels [N], found {labels.dtype} {list(labels.shape)}")
     if len(images) != len(labels):
         raise UserError(f"{image_path} holds {len(images)} images, but {label_path} {len(labels)} labels: lock again")
-    return images, labels.long()
+    return images.contiguous(), labels.long()
 
 
 def read_checked(paths, manifest, path):
     """The bytes of a file that the manifest lists; raises UserError where they are not those it was written with."""
     if not path.is_file():
         raise UserError(f"{path}: no such file, but {paths.manifest} lists it")
-    content = path.read_bytes()
+    with naming(path):
+        content = path.read_bytes()
     if sha256(content) != manifest["files"][paths.name(path)]["sha256"]:
         raise UserError(f"{path}: changed or damaged since it was locked: its SHA-256 is not the manifest's")
     return content
@@ -304,10 +303,11 @@ def read_sums(paths, split, manifest):
     return dict(zip(names, (expected for expected, _, _ in lines)))
 
 
-def read_leaf(paths, split, name, expected):
+def png_bytes(paths, split, name, expected):
     """The bytes of a PNG file of a lock; raises UserError where their SHA-256 is not the one expected."""
     path = paths.tree / split / name
-    content = path.read_bytes() if path.is_file() else None
+    with naming(path):
+        content = path.read_bytes() if path.is_file() else None
     if content is None or sha256(content) != expected:
         raise UserError(f"{path}: absent, or changed or damaged since it was locked")
     return content
@@ -325,7 +325,7 @@ def load_split(paths, split, manifest):
     else:
         tree, sums = paths.tree / split, read_sums(paths, split, manifest)
         files = [tree, paths.sums(split)]
-        images = [read_image(tree / name, read_leaf(paths, split, name, expected)) for name, expected in sums.items()]
+        images = [read_image(tree / name, png_bytes(paths, split, name, expected)) for name, expected in sums.items()]
         if len({image.shape for image in images}) > 1:
             raise UserError(f"{files[0]}: the images differ in size; lock again")
         classes = manifest["settings"]["classes"]
@@ -345,13 +345,14 @@ def load_locked(image_path, label_path, lock_flags=""):
     that the error for an absent file names.
     """
     image_path, label_path = Path(image_path), Path(label_path)
-    paths, split = split_path(image_path)
+    paths, split = parse_path(image_path)
     manifest = read_manifest(paths)
     if manifest is None and paths.partial.exists():
         raise UserError(f"{image_path}: this lock is not finished; the command that began it finishes it")
-    for path in (image_path, label_path) if manifest is None or "tensor" in formats_of(paths, manifest) else ():
-        if not path.is_file():
-            raise UserError(f"{path}: no such file{how_to_lock(path, lock_flags)}")
+    if manifest is None or "tensor" in formats_of(paths, manifest):
+        for path in (image_path, label_path):
+            if not path.is_file():
+                raise UserError(f"{path}: no such file{how_to_lock(path, lock_flags)}")
     if manifest is None:
         tensors = [from_bytes(path.read_bytes(), path) for path in (image_path, label_path)]
         return *check_tensors(*tensors, image_path, label_path), None
@@ -367,10 +368,10 @@ def load_locked(image_path, label_path, lock_flags=""):
 def how_to_lock(path, lock_flags):
     """What to do about a locked file that is absent, as the end of a sentence: the command that makes a file of its
     name, with the lock_flags, if there is one."""
-    paths, _ = split_path(path)
-    method, parameters = parse_suffix(paths.suffix)
-    made = method in METHODS and lock_suffix(method, **parameters) == paths.suffix
-    if not made or path not in paths.groups()["tensor"]:
+    paths, _ = parse_path(path)
+    parsed = parse_suffix(paths.suffix)
+    if not parsed or path not in paths.groups()["tensor"]:
         return ", nor a name that lock.py gives; correct it"
+    method, parameters = parsed
     flags = "".join(f" --{name} {value:.12g}" for name, value in parameters.items() if value != 0.5)
     return f"; make it with python lock.py --lock-data {path.parent} --lock-method {method}{flags}{lock_flags}"

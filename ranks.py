@@ -41,7 +41,7 @@ class Ranks:
         outcome = [utils.attempt(function, *args) if self.rank == 0 else None]
         dist.broadcast_object_list(outcome)
         value, error = outcome[0]
-        self.end_where(error)
+        self.abort_if(error)
         return value
 
     def everywhere(self, function, *args):
@@ -49,18 +49,18 @@ class Ranks:
         if self.count == 1:
             return function(*args)
         value, error = utils.attempt(function, *args)
-        self.end_where_any(error)
+        self.abort_if_any(error)
         return value
 
-    def end_where_any(self, error):
-        """End all ranks where one of them has an error, a text, rather than None: the first is told."""
+    def abort_if_any(self, error):
+        """End all ranks if one of them has an error, a text, rather than None: the first is told."""
         errors = [error] * self.count
         if self.count > 1:
             dist.all_gather_object(errors, error)
-        self.end_where(next((error for error in errors if error is not None), None))
+        self.abort_if(next((error for error in errors if error is not None), None))
 
-    def end_where(self, error):
-        """End all ranks where there is an error, a text, which is the same on each of them; rank 0 tells it."""
+    def abort_if(self, error):
+        """End all ranks if there is an error, a text, which is the same on each of them; rank 0 tells it."""
         if error is None:
             return
         if self.rank == 0:

@@ -96,7 +96,7 @@ def pictures(originals, locked):
     return F.interpolate(grid[None], scale_factor=3)[0]
 
 
-def show_pictures(data, path, writer=None):
+def write_pictures(data, path, writer=None):
     """Write the pictures of the first ten test images, to a PNG file and, where a writer is given, to TensorBoard."""
     (originals, _), (locked, _) = data["original"], data["locked"]
     grid, file = pictures(originals[: len(locked)][:10], locked[:10]), io.BytesIO()
@@ -111,7 +111,7 @@ def show_pictures(data, path, writer=None):
 
 def summary(config, suffix, name, history):
     """What result.json says of a run: accuracies in percent, at the last evaluation and at the best on locked ones."""
-    method, parameters = parse_suffix(suffix)
+    method, parameters = parse_suffix(suffix) or (suffix, {})
     last, best = history[-1], best_record(history)
     return {
         "architecture": config.architecture,
@@ -128,6 +128,19 @@ def summary(config, suffix, name, history):
         "orig_acc_at_best": best["orig_acc"],
         "max_orig_acc": max(record["orig_acc"] for record in history),
     }
+
+
+def finish(folder, config, suffix, name, writers, about):
+    """Close a run: its row of hyper-parameters, its writers, and last its result.json; returns what that says.
+
+    about is what else it is to hold: the history and, by name, where it came from.
+    """
+    result = summary(config, suffix, name, about["history"])
+    add_hparams(writers["run"], config, result)
+    for writer in writers.values():
+        writer.close()
+    write_file(folder / "result.json", json.dumps({**result, "config": config, **about}, indent=1).encode())
+    return result
 
 
 def outcome(result):

@@ -76,8 +76,7 @@ def earlier_choices(locks, settings, args):
     for method, paths in locks.items():
         manifest = None if args.overwrite else lockfiles.read_manifest(paths)
         before = manifest["settings"] if manifest else begun_with(paths, args.overwrite)
-        replaced = args.overwrite and before and before | settings[method] | given != before
-        if before and not replaced:
+        if before and (not args.overwrite or before | settings[method] | given == before):
             return {name: before[name] for name, known in CHOICES.items() if known(before.get(name))}
     return {}
 

@@ -29,10 +29,10 @@ from checkpoints import Learner, background, is_begun, keep_epoch, load_pretrain
 from config import KEYS, load_config
 from data import DATASETS, SPLITS, canonical_name, is_plain
 from graphs import Captured, Compiled
-from lockfiles import Paths, hash_tensor, load_locked, lock_suffix, sha256, split_path
-from methods import METHODS
+from lockfiles import Paths, hash_tensor, load_locked, lock_suffix, parse_path, sha256
+from methods import METHODS, parameters_of
 from models import MODELS
-from utils import PRECISIONS, UserError, number, write_file
+from utils import PRECISIONS, UserError, number
 
 # Training
 
@@ -188,8 +188,8 @@ def load_data(config):
 def check_manifest(manifest, split, train_manifest, original, config):
     """Raise UserError, naming what differs, where locked files are not what the config takes them for."""
     path, settings = Path(config[f"locked_{split}_image"]), manifest["settings"]
-    if split_path(path)[1] != split:
-        raise UserError(f"{path}: given as locked_{split}_image, but it was locked as the {split_path(path)[1]} set")
+    if parse_path(path)[1] != split:
+        raise UserError(f"{path}: given as locked_{split}_image, but it was locked as the {parse_path(path)[1]} set")
     if settings["dataset"] != canonical_name(config.dataset):
         raise UserError(f"{path}: the data set is {settings['dataset']}, but the config says {config.dataset}")
     if settings["classes"] != original.classes:
@@ -255,8 +255,11 @@ def parse_arguments():
     if args.resume and args.overwrite:
         raise UserError("--resume goes on with a run, --overwrite starts it again: give one of them")
     given = {name: value for name in ("alpha", "lambd") if (value := getattr(args, name)) is not None}
-    if given and not args.lock_method:
-        raise UserError(f"--{min(given)} goes with --lock-method")
+    for name in given:
+        if not args.lock_method:
+            raise UserError(f"--{name} goes with --lock-method")
+        if name not in parameters_of(args.lock_method):
+            raise UserError(f"--{name}: --lock-method {args.lock_method} has no use for it; leave it out")
     for split, kind in itertools.product(SPLITS, ("image", "label")):
         key = f"locked_{split}_{kind}"
         path = Path(config[key])
@@ -368,7 +371,7 @@ def run(args, config, data, manifest, folder, suffix):
     finished = runs.finished_outcome(folder / "result.json", config, data_hash) if args.resume else None
     if finished:  # it has no more need of its checkpoints, which may have been deleted
         if not picture.exists():
-            runs.show_pictures(preprocess_all(data, config), picture)
+            runs.write_pictures(preprocess_all(data, config), picture)
         print(f"{folder}: finished already (--overwrite starts it again)\n{finished}")
         return
     data = preprocess_all(data, config)
@@ -395,7 +398,7 @@ def run(args, config, data, manifest, folder, suffix):
         done, history = state["epoch"], json.loads(state["history"])
     writers = runs.open_writers(folder, done + 1)
     if not done or not picture.exists():
-        runs.show_pictures(data, picture, writers["run"])
+        runs.write_pictures(data, picture, writers["run"])
     data = {name: (images.to(device), labels.to(device)) for name, (images, labels) in data.items()}
     epochs, step = range(done + 1, config.epochs + 1), make_step(learner, config, log)
     made_with = runs.note_start(folder / "made_with.json", epochs, device, **begun_from)
@@ -408,13 +411,8 @@ def run(args, config, data, manifest, folder, suffix):
             record = run_epoch(learner, step, data, epoch, config, writers, log)
             history += [record] if record else []
             keep(epoch)
-    result = runs.summary(config, suffix, args.name, history)
-    runs.add_hparams(writers["run"], config, result)
-    for writer in writers.values():
-        writer.close()
-
-    about = {"config": config, "data_sha256": data_hash, "made_with": made_with, "history": history, "lock": manifest}
-    write_file(folder / "result.json", json.dumps({**result, **about}, indent=1).encode())
+    about = {"data_sha256": data_hash, "made_with": made_with, "history": history, "lock": manifest}
+    result = runs.finish(folder, config, suffix, args.name, writers, about)
     log(f"pictures (originals, locked, ten times the difference): {picture}")
     log(f"curves: tensorboard --logdir {shlex.quote(args.work_path)}")
     log(runs.outcome(result))
@@ -423,7 +421,7 @@ def run(args, config, data, manifest, folder, suffix):
 def main():
     args, config = parse_arguments()
     data, manifest = load_data(config)
-    suffix = split_path(Path(config.locked_train_image))[0].suffix or Path(config.locked_train_image).name
+    suffix = parse_path(Path(config.locked_train_image))[0].suffix or Path(config.locked_train_image).name
     folder = Path(args.work_path, suffix, args.name, f"seed{config.seed}")
     with utils.exclusive(folder), utils.naming(folder):
         run(args, config, data, manifest, folder, suffix)

@@ -37,7 +37,7 @@ from tqdm import tqdm
 import utils
 from config import CONFIG, FREE_ON_RESUME
 from data import canonical_name
-from methods import METHODS
+from methods import METHODS, parameters_of
 from utils import UserError, flatten
 
 # Ways to train, as train.py's keys: as the paper does, a control, and what is known to weaken locks of this kind.
@@ -83,6 +83,8 @@ def commands(args, rest):
     for work, method, variant, seed in itertools.product(args.work_path, args.lock_method, args.variant, args.seed):
         command = [sys.executable, TRAIN, "--work-path", work, "--resume"]
         command += ["--lock-method", method] if method else []
+        for name in parameters_of(method) if method else ():
+            command += [f"--{name}", str(value)] if (value := getattr(args, name)) is not None else []
         command += ["--seed", str(seed)] if seed is not None else []
         command += ["--name", variant] if variant != "plain" else []
         for key, value in VARIANTS[variant].items():
@@ -323,7 +325,7 @@ def panels_of(groups):
         yield f"{title}\nlock: {lock}", members
 
 
-def plot(groups, path):
+def plot_curves(groups, path):
     """Write a picture of the curves: a panel for each model, training and lock, a colour for each method, and in grey
     what a control of that training, if there is one, comes to on original images. Other controls have panels, too.
 
@@ -367,7 +369,7 @@ def draw(axis, results, key, color, style):
     return axis.plot(epochs, values.mean(0), style, color=color, marker=marker)[0]
 
 
-def pictures(groups):
+def images_by_lock(groups):
     """What the runs of each lock saw, by the name of the lock, as pictures [height, width, colours] of rows of images:
     the originals, unless they are those of the lock above, locked images, and the difference.
 
@@ -393,9 +395,9 @@ def pictures(groups):
     return found
 
 
-def show(groups, path):
+def plot_images(groups, path):
     """Write a picture of the images that the runs of each lock saw."""
-    found = pictures(groups)
+    found = images_by_lock(groups)
     if not found:
         raise UserError("--images: there is no images.png beside any result.json; train.py writes it")
     heights = [len(rows) / rows.shape[1] for rows in found.values()]
@@ -410,7 +412,7 @@ def show(groups, path):
         figure.savefig(path, dpi=100)
 
 
-def picture(text):
+def picture_path(text):
     """A converter of a flag's text to the path of a picture, in a folder that there is."""
     path = Path(text)
     if path.suffix.lower() not in (".png", ".pdf", ".svg") or not path.parent.is_dir():
@@ -429,10 +431,12 @@ def parse_arguments():
         default=["experiments"],
         help="folders of experiments (default: all)",
     )
-    add("--plot", type=picture, metavar="FILE", help="also draw the curves, into this PNG, PDF or SVG file")
-    add("--images", type=picture, metavar="FILE", help="also show the images that each lock made, in this file")
+    add("--plot", type=picture_path, metavar="FILE", help="also draw the curves, into this PNG, PDF or SVG file")
+    add("--images", type=picture_path, metavar="FILE", help="also show the images that each lock made, in this file")
     add("--run", action="store_true", help="first train what is not trained yet")
     add("--lock-method", nargs="+", choices=[*METHODS, "all"], default=[None], help="default: that of config.yaml")
+    for name in ("alpha", "lambd"):
+        add(f"--{name}", type=utils.number(float, 0, 1), help=f"lock.py's --{name}, for methods that it is for")
     add("--seed", nargs="+", type=utils.parse_seed, default=[None], help="default: that of config.yaml")
     add(
         "--variant",
@@ -461,6 +465,10 @@ def parse_arguments():
     for name, known in {"lock_method": METHODS, "variant": VARIANTS, "seed": []}.items():
         given = getattr(args, name)
         setattr(args, name, list(known if "all" in given else dict.fromkeys(given)))
+    for name in ("alpha", "lambd"):
+        used = any(name in parameters_of(method) for method in args.lock_method if method)
+        if getattr(args, name) is not None and not used:
+            raise UserError(f"--{name}: name a --lock-method that it is for, or leave it out")
     for flag in flags:
         variant = next((name for name in args.variant if flag.removeprefix("--") in VARIANTS[name]), None)
         if variant:
@@ -482,9 +490,9 @@ def main():
         raise UserError(f"{', '.join(args.work_path)}: holds no result.json; run train.py, or --run{here}")
     print(table(groups))
     if args.plot:
-        plot(groups, args.plot)
+        plot_curves(groups, args.plot)
     if args.images:
-        show(groups, args.images)
+        plot_images(groups, args.images)
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def test_what_is_trained_on_and_tested_with(place, work, command, monkeypatch):
         for keys in ({}, {"train_on": "original"}, {"subset": "7"}, {"subset": "7", "train_on": "original"})
     )
     seen = []
-    monkeypatch.setattr(train.runs, "show_pictures", lambda data, *rest: seen.append(data))
+    monkeypatch.setattr(train.runs, "write_pictures", lambda data, *rest: seen.append(data))
     command(train.main, "--work-path", work, "--epochs", 1, "--preprocess.bits", 1)
     bits, kept = seen[0], torch.load(work / "basic" / "seed0" / "ckpt.pth.tar")["data"]
     assert kept == train.hash_data(plain) != train.hash_data(control)
@@ -324,6 +324,8 @@ def test_mistakes_in_training(place, work, user_error, command, tmp_path):
     assert f"train_image_12.34567_mixup: no such file; make it with python lock.py --lock-data {place}" in line
     assert "--lambd 0.1234567 " in line
     assert "--alpha goes with --lock-method" in user_error(train.main, "--work-path", work, "--alpha", 0.3)
+    line = user_error(train.main, "--work-path", work, "--lock-method", "mixup", "--alpha", 0.3)
+    assert "--alpha: --lock-method mixup has no use for it" in line
     alone = ["--architecture", "mobilenet_v2", "--batch_size", 95, "--overwrite"]  # of 96 images
     assert "batch_size 95: leaves the last of 96 images" in user_error(train.main, "--work-path", work, *alone)
     line = user_error(train.main, "--work-path", work, "--subset", 97)

@@ -104,7 +104,7 @@ def test_what_is_drawn(results, monkeypatch, tmp_path):
     """In each panel a lock's locked curve, solid, and its original one, dashed, over the control's in grey."""
     figures = []
     monkeypatch.setattr(study.Figure, "savefig", lambda figure, path, **_: figures.append(figure))
-    study.plot(study.gather([results]), tmp_path / "curves.png")
+    study.plot_curves(study.gather([results]), tmp_path / "curves.png")
     (panel,) = [axis for axis in figures[0].axes if "jpeg10" in axis.get_title()]
     assert panel.get_xlabel() == "epoch, of 2" and not any("train_on" in axis.get_title() for axis in figures[0].axes)
     assert [(line.get_linestyle(), line.get_color(), list(line.get_ydata())) for line in panel.lines] == [
@@ -124,7 +124,7 @@ def test_other_trainings_have_a_panel_of_their_own(monkeypatch, tmp_path):
         folder = tmp_path / change.get("lock_method", "basic")
         folder.mkdir()
         (folder / "result.json").write_text(json.dumps(RESULT | change))
-    study.plot(study.gather([tmp_path]), tmp_path / "curves.png")
+    study.plot_curves(study.gather([tmp_path]), tmp_path / "curves.png")
     titles = [axis.get_title().partition("\n")[0] for axis in figures[0].axes]
     assert titles == ["vgg19 on cifar10, plain, batch_size 128", "vgg19 on cifar10, plain, batch_size 8"]
 
@@ -215,18 +215,18 @@ def test_the_images_of_each_lock_are_shown(tmp_path):
         save_image(grid, folder / "images.png")
         group = {"dataset": "digits", "method": method, "lock_name": "a", "folder": folder, "settings": settings}
         groups.append([group])
-    found = study.pictures(groups)
+    found = study.images_by_lock(groups)
     assert {name: round(3 * len(rows) / grid.shape[1]) for name, rows in found.items()} == {
         "digits, basic (a), lock.eps 0.5": 3,
         "digits, basic (a), lock.eps 0.4": 2,
         "digits, horiz (a)": 3,
     }
     assert found["digits, basic (a), lock.eps 0.5"][9, 9, 0] == 0
-    study.show(groups, tmp_path / "shown.png")
+    study.plot_images(groups, tmp_path / "shown.png")
     assert (tmp_path / "shown.png").stat().st_size > 1000
     (folder / "images.png").write_bytes((folder / "images.png").read_bytes()[:99])
     with pytest.raises(UserError, match="images.png: damaged; delete it"):
-        study.pictures(groups)
+        study.images_by_lock(groups)
 
 
 def table_rows(text):
@@ -303,6 +303,9 @@ def test_mistakes(results, user_error, monkeypatch, tmp_path):
     assert "--train_on: --variant control sets it" in user_error(
         study.main, "--run", "--work-path", "a", "--variant", "plain", "control", "--train_on=locked"
     )
+    for methods in ([], ["--lock-method", "basic", "mixup"]):
+        line = user_error(study.main, "--run", "--work-path", tmp_path, *methods, "--alpha", 0.3)
+        assert "--alpha: name a --lock-method that it is for" in line
     monkeypatch.setattr(study, "TRAIN", str(tmp_path / "absent.py"))
     mixup = ["--variant", "mixup", "--lock-data", "mixup"]  # the second one is a folder
     assert "1 of 1 runs failed" in user_error(study.main, "--run", "--work-path", tmp_path / "none", *mixup)
@@ -318,10 +321,13 @@ def test_mistakes(results, user_error, monkeypatch, tmp_path):
 
 def test_all_is_every_method_and_variant_and_each_run_may_go_on(monkeypatch, tmp_path):
     flags = ["--run", "--work-path", str(tmp_path), "--lock-method", "all", "--variant", "plain", "all"]
+    flags += ["--alpha", "0.3"]
     monkeypatch.setattr(sys, "argv", ["experiments", *flags])
     args, rest = study.parse_arguments()
     assert args.lock_method == list(METHODS) and args.variant == list(study.VARIANTS)
     assert all("--resume" in command for command in study.commands(args, rest))
+    with_alpha = [command for command in study.commands(args, rest) if "--alpha" in command]
+    assert {command[command.index("--lock-method") + 1] for command in with_alpha} == {"horiz", "mixandcat"}
 
 
 def test_every_combination_is_run_and_a_failure_costs_no_other_run(work, command, capsys):

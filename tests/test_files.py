@@ -46,6 +46,8 @@ def pair(tmp_path):
 def test_this_projects_files(pair):
     images, labels, manifest = load_locked(*pair([IMAGES], [LABELS]))
     assert manifest is None and torch.equal(images, IMAGES) and torch.equal(labels, LABELS)
+    images, *_ = load_locked(*pair([IMAGES.to(memory_format=torch.channels_last)], [LABELS]))
+    assert images.is_contiguous() and torch.equal(images, IMAGES)  # else their bytes could not be hashed
 
 
 def test_the_originals_list_of_float_batches(pair):

@@ -244,7 +244,7 @@ def test_a_python_that_torch_compile_refuses(monkeypatch):
 
 def test_a_failure_to_compile_ends_a_recording(monkeypatch):
     """Going on without, as elsewhere, would record the slower step for good."""
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic: partial(fails, function))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: partial(fails, function))
     compiled = Compiled(nn.Conv2d(3, 2, 3).forward, 1)
     for name in ("is_available", "is_current_stream_capturing"):
         monkeypatch.setattr(torch.cuda, name, lambda: True)

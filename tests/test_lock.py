@@ -90,7 +90,7 @@ def test_suffix(method, alpha, lambd, suffix, parameters):
 
 @pytest.mark.parametrize("suffix", ["old_basic", "50_30_20_mixup", "1e400_mixup", "050_horiz", "mixup", "x", ""])
 def test_a_suffix_that_no_lock_has(suffix):
-    assert lockfiles.parse_suffix(suffix) == (suffix, {})
+    assert lockfiles.parse_suffix(suffix) is None
 
 
 def test_suffixes_of_different_locks_differ():
@@ -122,7 +122,7 @@ def lock_by(method, folder, classifier, images, labels, split, **flags):
 def test_what_is_left_to_do_is_what_rank_0_says(tmp_path):
     """The others may be on machines that have no shards."""
     seen, args = [], argparse.Namespace(batch_size=4, attack_steps=1)
-    ranks = argparse.Namespace(rank=1, count=2, say=print, gather=lambda value: None, end_where_any=lambda error: None)
+    ranks = argparse.Namespace(rank=1, count=2, say=print, gather=lambda value: None, abort_if_any=lambda error: None)
     ranks.on_rank0 = lambda *_: {4: ["basic"], 8: ["basic"]}
     images, labels, locks = torch.zeros(12, 3, 8, 8), torch.arange(12), {"basic": lockfiles.Paths(tmp_path, "basic")}
 

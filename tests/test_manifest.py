@@ -1,9 +1,12 @@
 """What stands in a manifest, and what is checked against it."""
 
+import errno
 import json
+import os
 import re
 import time
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,7 +121,8 @@ def test_files_that_do_not_belong_together(place, work, user_error, monkeypatch)
 
 def test_verify(place, locked, command, user_error, capsys):
     (locked / ".lock_mixup").mkdir()
-    (locked / "lock_picking.json").write_text("{}")  # is no manifest's name
+    for name in ("picking", "mixup"):  # is no manifest's name
+        (locked / f"lock_{name}.json").write_text("{}")
     command(lock.main, "--verify", locked)
     out = capsys.readouterr().out
     assert ".lock_mixup: an interrupted lock" in out
@@ -135,6 +139,23 @@ def test_verify(place, locked, command, user_error, capsys):
     assert "holds no lock_*.json; finish its lock first" in user_error(lock.main, "--verify", locked)
     (locked / ".lock_mixup").rmdir()
     assert "holds no lock_*.json; name a folder that" in user_error(lock.main, "--verify", locked)
+
+
+def test_verify_names_a_file_that_the_disk_cannot_read_and_goes_on(locked, command, monkeypatch, capsys):
+    read = Path.read_bytes
+
+    def failing(path):
+        if path == locked / "train_image_basic":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    (locked / "test_label_basic").unlink()
+    with pytest.raises(SystemExit):
+        command(lock.main, "--verify", locked)
+    out, error = capsys.readouterr()
+    assert "not as they were locked: 2, see above" in error
+    assert f"{os.strerror(errno.EIO)}: '{locked / 'train_image_basic'}'" in out and "test_label_basic: no such" in out
 
 
 @pytest.mark.parametrize(
