@@ -108,7 +108,7 @@ def memory_is_full(error):
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     # what CUDA, cuBLAS and cuDNN need for themselves, and a CPU's tensors, are plain RuntimeErrors
-    said = "CUDA error: out of memory", "STATUS_ALLOC_FAILED", "ALLOCATION_FAILED", "DefaultCPUAllocator"
+    said = "CUDA out of memory", "CUDA error: out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "DefaultCPUAllocator"
     return any(words in str(error) for words in said)
 
 
@@ -319,6 +319,7 @@ def pick_device(use_gpu=True):
     with warnings.catch_warnings():  # torch 2.9 announces another way, which earlier versions do not have
         warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32")
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # it is off on purpose
     if use_gpu and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.cuda.set_device(device)

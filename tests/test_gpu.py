@@ -3,6 +3,7 @@
     TEST_ON_GPU=1 python -m pytest tests/test_gpu.py
 """
 
+import itertools
 from argparse import Namespace
 from functools import partial
 
@@ -32,28 +33,44 @@ def device(monkeypatch):
 
 
 def difference(ours, theirs):
-    """How far a tensor is from another, as a share of that one's length."""
-    return ((ours - theirs).norm() / theirs.norm()).item()
+    """How far tensors are from others, all of them taken together, as a share of the length of these; 0 if equal.
+
+    Of a single tensor, such as the bias of a batch norm, a ReLU that another rounding turns on can change a lot.
+    """
+    ours, theirs = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (ours, theirs))
+    return ((ours - theirs).norm() / theirs.norm().clamp(min=torch.finfo(theirs.dtype).tiny)).item()
 
 
-@pytest.mark.parametrize("way", ["captured", "compiled and captured"])
-@pytest.mark.parametrize("keys", [{}, {"mixup": "True"}, {"adversarial.eps": "0.5"}], ids=str)
-def test_training_is_the_plain_one(device, tmp_path, keys, way):
-    """One epoch of five full batches, two of which are replayed, and a smaller one: the way from the first weights."""
+KEYS = [{}, {"mixup": "True"}, {"adversarial.eps": "0.5"}]
+WAYS = list(itertools.product(["captured", "compiled and captured"], KEYS))
+# not compiled: what that rounds in another way would make other trainings of these
+WAYS += [("captured", {"precision": precision}) for precision in ("bfloat16", "float16")]
+
+
+@pytest.mark.parametrize("way, keys", WAYS, ids=str)
+def test_training_is_the_plain_one(device, tmp_path, way, keys):
+    """One epoch of five full batches, two of which are replayed, and a smaller one: the way from the first weights.
+
+    At this learning rate, random errors of 3e-7 in every layer and gradient changed it by up to 0.07 in adversarial
+    training, and by 0.002 in the plain one (40 seeds, on a CPU); at 0.1, by 0.3.
+    """
     keys = {"architecture": "preresnet8", "batch_size": "8", "precision": "float32"} | keys
     config, compiled = config_of(tmp_path, **keys), config_of(tmp_path, **keys, compile="always")
     start, _ = train_some(config, epochs=0, device=device)
-    plain, (expected,) = train_some(config, epochs=1, device=device)
+    plain, ((loss, accuracy),) = train_some(config, epochs=1, device=device, lr=0.001)
     fast, (found,) = train_some(
         compiled if "compiled" in way else config,
         (lambda step: step) if "compiled" in way else Captured,  # which make_step does to what it compiles
         epochs=1,
         device=device,
+        lr=0.001,
     )
-    weights = [name for name in start if str(name).endswith(("weight", "bias", "running_mean", "running_var"))]
-    for name in weights:
-        assert difference(fast[name] - start[name], plain[name] - start[name]) < 0.05, name
-    assert found == pytest.approx(expected, rel=0.01)
+    for ends, bound in {("weight", "bias"): 0.1, ("running_mean", "running_var"): 0.01}.items():
+        names = [name for name in start if str(name).endswith(ends)]
+        ours, theirs = ([weights[name] - start[name] for name in names] for weights in (fast, plain))
+        assert difference(ours, theirs) < bound, ends
+    assert fast["scale"] == plain["scale"]
+    assert found == (pytest.approx(loss, rel=0.01), pytest.approx(accuracy, abs=2.01 * 100 / 44))  # two of 44 images
 
 
 def test_the_training_of_a_base_classifier_is_the_plain_one(device, monkeypatch):
@@ -64,24 +81,25 @@ def test_the_training_of_a_base_classifier_is_the_plain_one(device, monkeypatch)
 
     split = Split(torch.randint(256, (640, 3, 32, 32), dtype=torch.uint8), torch.arange(640) % 10, None, None)
 
-    def weights(compile, loop=True):
+    def trained(compile, loop=True):
         torch.manual_seed(0)
         model = base.attacker_model("resnet18", "cifar")
         args = Namespace(precision="float32", compile=compile, batch_size=128, adv_train=0, adv_eval=0)
         base.speed_up(model.model, args, device, passes=0)
         model = nn.DataParallel(model.to(device), [device.index])
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)  # large steps amplify rounding
+        # large steps amplify rounding; of smaller ones float32 would lose the larger part where a weight is near 1
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
         hooks = Parameters({"custom_accuracy": base.accuracies})
         if loop:
             loops._model_loop(hooks, "train", base.Batches(split, device, 128), model, optimizer, 0, False, None)
-        return {name: parameter.detach().clone() for name, parameter in model.module.model.named_parameters()}
+        return [parameter.detach().clone() for parameter in model.module.model.parameters()]
 
-    start, plain = weights("never", loop=False), weights("never")
+    start, plain = trained("never", loop=False), trained("never")
     dynamo.counters.clear()
-    fast = weights("always")
+    fast = trained("always")
     assert not dynamo.counters["inductor"]["cudagraph_skips"]
-    for name in start:
-        assert difference(fast[name] - start[name], plain[name] - start[name]) < 0.05, name
+    ours, theirs = ([after - before for after, before in zip(parameters, start)] for parameters in (fast, plain))
+    assert difference(ours, theirs) < 0.05
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -100,8 +118,7 @@ def test_compiled_gradients_are_the_eager_ones(device, arch, batch_size, dtype):
     expected, found = gradients(model.forward), gradients(Compiled(model.forward, batch_size, say=pytest.fail))
     if dtype == torch.float64:
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-10)
-    whole = [torch.cat([part.flatten() for part in parts]) for parts in (found, expected)]
-    assert difference(*whole) < 0.1
+    assert difference(found, expected) < 0.1
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -115,6 +132,6 @@ def test_the_attack_is_that_of_a_cpu(device, precision, compile):
     attacked = attack(folded, images.to(device), targets.to(device), 0.5, 0.1, 20).cpu()
     classifier.cpu()
     if precision == "float32":
-        assert difference(attacked - images, expected - images) < 0.05
+        assert difference([attacked - images], [expected - images]) < 0.05
     reached, before = (F.cross_entropy(classifier(each), targets) for each in (attacked, images))
     assert reached < F.cross_entropy(classifier(expected), targets) + 0.05 * (before - reached)

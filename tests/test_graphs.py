@@ -99,7 +99,7 @@ def no_gpu(monkeypatch):
         monkeypatch.setattr(graphs.torch.cuda, name, value)
 
 
-def train_some(config, change=lambda step: step, epochs=3, device="cpu"):
+def train_some(config, change=lambda step: step, epochs=3, device="cpu", lr=0.1):
     """A short training, its step changed; returns all that a checkpoint holds of it, and what each epoch returned."""
     torch.manual_seed(0)
     learner = new_learner(config, device)
@@ -108,7 +108,7 @@ def train_some(config, change=lambda step: step, epochs=3, device="cpu"):
     step = change(train.make_step(learner, config, say=pytest.fail))
     results = []
     for epoch in range(epochs):
-        learner.optimizer.param_groups[0]["lr"].fill_(0.1 / (epoch + 1))
+        learner.optimizer.param_groups[0]["lr"].fill_(lr / (epoch + 1))
         results.append(train.train_epoch(step, images, labels, config))
     momentum = {i: state["momentum_buffer"] for i, state in learner.optimizer.state_dict()["state"].items()}
     return {**learner.model.state_dict(), **momentum, "scale": learner.scaler.get_scale()}, results

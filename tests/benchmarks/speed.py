@@ -23,11 +23,10 @@ import shlex
 import sys
 import time
 from argparse import Namespace
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import datetime, timezone
 from functools import partial
 from itertools import chain
-from threading import BrokenBarrierError
 from typing import NamedTuple
 
 import torch
@@ -307,43 +306,40 @@ def together(jobs, name, size):
     Its first call starts the processes. On a CPU they share the threads that one process would have.
     """
     context = torch.multiprocessing.get_context("spawn")
-    gate = context.Barrier(jobs + 1, timeout=1800)  # several may have to compile first
-    processes = []
+    processes = {}  # by our ends of their pipes
 
     def epoch():
-        if not processes:
-            arguments = {"target": train_at, "args": (gate, jobs, name, size), "daemon": True}
-            processes.extend(context.Process(**arguments) for _ in range(jobs))
-            for process in processes:
-                process.start()
+        while len(processes) < jobs:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=train_at, args=(theirs, jobs, name, size), daemon=True)
+            process.start()
+            theirs.close()  # so that ours ends with the process, however that ends
+            processes[ours] = process
         try:
-            gate.wait()  # all begin
-            gate.wait()  # all have ended
-        except BrokenBarrierError as error:
+            for pipe in processes:
+                pipe.send("begin")
+            for pipe in processes:
+                pipe.recv()
+        except (EOFError, ConnectionError) as error:
             raise UserError("one of the processes that train at once failed, see above") from error
 
     try:
         yield epoch
     finally:
-        gate.abort()
-        for process in processes:
+        for pipe, process in processes.items():
+            pipe.close()
             process.join()
 
 
-def train_at(gate, jobs, name, size):
-    """One of several processes: train for an epoch whenever the gate opens, until it breaks."""
-    try:
-        torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
-        device, _, precision, _ = set_up()
-        epoch = our_epoch(name, device, precision, size)
-        while True:
-            gate.wait()
+def train_at(pipe, jobs, name, size):
+    """One of several processes: train for an epoch whenever the pipe says so, and say when it has ended."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+    device, _, precision, _ = set_up()
+    epoch = our_epoch(name, device, precision, size)
+    with suppress(EOFError, ConnectionError):  # all is measured, or another process failed
+        while pipe.recv():
             seconds(epoch, device)
-            gate.wait()
-    except BrokenBarrierError:
-        pass  # all is measured, or another process failed
-    finally:
-        gate.abort()  # or the others would wait for this one
+            pipe.send("ended")
 
 
 def seconds(function, device):
@@ -435,6 +431,7 @@ def main():
     print(f"{device} ({reason}), {os.cpu_count()} CPU cores, {precision} ({why}), compile {compile_on(device)};")
     print(f"torch {torch.__version__}{cudnn}, Python {platform.python_version()}.")
     print(f"Peak, as measured: {rates[0] / 1e12:.2f} TFLOP/s in a matrix product, {rates[1] / 1e9:.0f} GB/s in a copy.")
+    # base_works first: torch.compile's CUDA graphs free cuBLAS' workspaces, to which those of training_works write
     works = chain(*(kind(device, precision, size) for kind in (attack_works, base_works, training_works)))
     columns = "work, for one image", "the authors' way, ms", "ours, ms", "ratio", "of peak FLOP/s"
     columns += "of peak bandwidth", "first call, s", "the whole, the authors' way", "the whole, ours"
