@@ -1,18 +1,31 @@
 """The benchmark: every line can be measured, and counts the work that there is. How fast it is, no test asks."""
 
+import multiprocessing
 from contextlib import nullcontext
 
+import pytest
 import torch
 from torch import nn
 
 from tests.benchmarks import speed
+from utils import UserError
+
+SMALLEST = speed.Size(
+    reference_batch=2,
+    batch=2,
+    steps=1,
+    batches=1,
+    rounds=1,
+    base_batch=2,
+    models={"preresnet8": 2},
+    workers=(1, 1),
+    together=("preresnet8",),
+    jobs=2,
+)
 
 
 def test_every_line_is_measured(command, capsys, monkeypatch):
-    """In the smallest sizes."""
-    sizes = {"reference_batch": 2, "batch": 2, "steps": 1, "batches": 1, "rounds": 1, "base_batch": 2, "jobs": 2}
-    size = speed.Size(models={"preresnet8": 2}, workers=(1, 1), together=("preresnet8",), **sizes)
-    monkeypatch.setitem(speed.SIZES, "cpu", size)
+    monkeypatch.setitem(speed.SIZES, "cpu", SMALLEST)
     monkeypatch.setattr(speed, "ceilings", lambda *args: (1e12, 1e9))
     monkeypatch.setattr(speed, "together", lambda *args: nullcontext(lambda: None))
     command(speed.main, "--profile")
@@ -27,6 +40,19 @@ def test_every_line_is_measured(command, capsys, monkeypatch):
     ]
     assert all(float(ratio.removesuffix("x")) > 0 for _, _, _, ratio, *_ in lines[1:])
     assert out.count("```\n") == 8  # profiles of all but the last
+
+
+def test_nobody_waits_for_a_process_that_was_killed():
+    others = multiprocessing.active_children()
+    with speed.together(2, "preresnet8", SMALLEST) as epoch:
+        for _ in range(2):
+            epoch()
+        started = [process for process in multiprocessing.active_children() if process not in others]
+        assert len(started) == 2
+        started[0].kill()
+        with pytest.raises(UserError, match="one of the processes that train at once failed"):
+            epoch()
+    assert not any(process.is_alive() for process in started)
 
 
 def test_the_cost_of_a_model():
