@@ -427,7 +427,7 @@ def complete_arguments(args):
     for name in ("alpha", "lambd"):
         if getattr(args, name) is None:
             setattr(args, name, 0.5)
-        elif not any(name in parameters_of(method) for method in args.lock_method):
+        elif name not in parameters_of(args.lock_method):
             what = f"--lock-method {' '.join(args.lock_method)}" if args.lock_method else "--unlock"
             raise UserError(f"--{name}: {what} has no use for it; leave it out")
     check_folders(args)

@@ -24,7 +24,7 @@ def lock_suffix(method, alpha=0.5, lambd=0.5):
     alpha 0.3, so that two such locks never share a name.
     """
     values = {"alpha": alpha, "lambd": lambd}
-    percents = [f"{100 * values[name]:.12g}" for name in parameters_of(method)]  # int(100 * 0.29) would be 28
+    percents = [f"{100 * values[name]:.12g}" for name in parameters_of([method])]  # int(100 * 0.29) would be 28
     if method == "mixandcat" and percents == ["50", "50"]:
         percents = []
     return "_".join([*percents, method])
@@ -34,7 +34,7 @@ def parse_suffix(suffix):
     """The method and its parameters, by name, from the end of a file's name; None where lock_suffix did not make it."""
     *percents, method = suffix.split("_")
     try:
-        parameters = {name: float(part) / 100 for name, part in zip(parameters_of(method), percents)}
+        parameters = {name: float(part) / 100 for name, part in zip(parameters_of([method]), percents)}
         return (method, parameters) if lock_suffix(method, **parameters) == suffix else None
     except (KeyError, ValueError):
         return None

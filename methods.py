@@ -25,11 +25,11 @@ def attacks_of(methods):
     return list(dict.fromkeys(name for method in methods for side in METHODS[method] for name in side))
 
 
-def parameters_of(method):
-    """The parameters that a method reads, in the order in which a file's name gives them."""
-    sides = METHODS[method]
-    parameters = ["alpha"] if len(sides) == 2 else []
-    return parameters + (["lambd"] if len(sides[0]) == 2 else [])
+def parameters_of(methods):
+    """The parameters that any of the methods reads, in the order in which a file's name gives them."""
+    sides = [METHODS[method] for method in methods]
+    reads = {"alpha": any(len(each) == 2 for each in sides), "lambd": any(len(each[0]) == 2 for each in sides)}
+    return [name for name, read in reads.items() if read]
 
 
 def target_maps(num_classes, seed):

@@ -48,7 +48,7 @@ def settings_of(method, classes, hashes, maps, base_sha256, args):
     flags = "eps", "attack_lr", "attack_steps", "manual_seed", "subset", "arch"
     return {
         "method": method,
-        **{name: getattr(args, name) for name in (*parameters_of(method), *flags)},
+        **{name: getattr(args, name) for name in (*parameters_of([method]), *flags)},
         "dataset": canonical_name(args.dataset),
         "classes": classes,
         "original_sha256": hashes,

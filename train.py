@@ -258,7 +258,7 @@ def parse_arguments():
     for name in given:
         if not args.lock_method:
             raise UserError(f"--{name} goes with --lock-method")
-        if name not in parameters_of(args.lock_method):
+        if name not in parameters_of([args.lock_method]):
             raise UserError(f"--{name}: --lock-method {args.lock_method} has no use for it; leave it out")
     for split, kind in itertools.product(SPLITS, ("image", "label")):
         key = f"locked_{split}_{kind}"

@@ -83,7 +83,7 @@ def commands(args, rest):
     for work, method, variant, seed in itertools.product(args.work_path, args.lock_method, args.variant, args.seed):
         command = [sys.executable, TRAIN, "--work-path", work, "--resume"]
         command += ["--lock-method", method] if method else []
-        for name in parameters_of(method) if method else ():
+        for name in parameters_of([method] if method else []):
             command += [f"--{name}", str(value)] if (value := getattr(args, name)) is not None else []
         command += ["--seed", str(seed)] if seed is not None else []
         command += ["--name", variant] if variant != "plain" else []
@@ -466,8 +466,7 @@ def parse_arguments():
         given = getattr(args, name)
         setattr(args, name, list(known if "all" in given else dict.fromkeys(given)))
     for name in ("alpha", "lambd"):
-        used = any(name in parameters_of(method) for method in args.lock_method if method)
-        if getattr(args, name) is not None and not used:
+        if getattr(args, name) is not None and name not in parameters_of(filter(None, args.lock_method)):
             raise UserError(f"--{name}: name a --lock-method that it is for, or leave it out")
     for flag in flags:
         variant = next((name for name in args.variant if flag.removeprefix("--") in VARIANTS[name]), None)
