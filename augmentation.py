@@ -103,6 +103,11 @@ def mean_and_std(dataset, device):
     return [torch.tensor(values, device=device)[:, None, None] for values in (found.mean, found.std)]
 
 
+def enlarge(inputs, config):
+    """Inputs [N, C, H, W] enlarged as the config says, by bilinear interpolation."""
+    return F.interpolate(inputs, scale_factor=config.enlarge, mode="bilinear") if config.enlarge > 1 else inputs
+
+
 def augment(images, config):
     """uint8 training images [N, 3, H, W] as float inputs, augmented as the config says."""
     options = config.augmentation

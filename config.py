@@ -22,7 +22,7 @@ class Key(NamedTuple):
 
 
 # The keys are CIFAR-ZOO's and the authors', but for seed, precision, compile, cutmix, cutmix_alpha, train_on,
-# subset, pretrained, preprocess and adversarial, which are new.
+# subset, pretrained, enlarge, preprocess and adversarial, which are new.
 KEYS = {
     "architecture": Key(str, "one of models/, as preresnet110", choices=tuple(MODELS)),
     "dataset": Key(str, "cifar10, digits or folder", choices=tuple(DATASETS)),
@@ -61,6 +61,7 @@ KEYS = {
     "train_on": Key("locked", "locked or original images: a control", choices=("locked", "original")),
     "subset": Key(0, "train on the first VALUE images only; 0: on all", 0),
     "pretrained": Key("", "weights to begin with: a checkpoint of train.py, or a state dict, of this architecture"),
+    "enlarge": Key(1, "how many times as high and as wide the model sees images", 1, 16),
     "preprocess.grayscale": Key(False, "take the colours away, in training and test sets"),
     # at most 2, for images of at least 8x8 pixels
     "preprocess.blur": Key(0.0, "standard deviation in pixels of a Gaussian blur, in training and test sets", 0, 2),

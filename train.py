@@ -24,7 +24,7 @@ from tqdm import tqdm
 import runs
 import utils
 from attack import attack
-from augmentation import as_inputs, augment, make_mixer, preprocess
+from augmentation import as_inputs, augment, enlarge, make_mixer, preprocess
 from checkpoints import Learner, background, is_begun, keep_epoch, load_pretrained, on_gpu, read_checkpoint, restore
 from config import KEYS, load_config
 from data import DATASETS, SPLITS, canonical_name, is_plain
@@ -69,9 +69,9 @@ def make_learner(model, config):
 
 
 def forward(model, inputs, config):
-    """The logits of a model, float32 [N, classes], computed in the precision of the config."""
+    """The logits of a model, float32 [N, classes], of inputs enlarged as the config says, computed in its precision."""
     with torch.autocast(inputs.device.type, PRECISIONS[config.precision], enabled=config.precision != "float32"):
-        return model(inputs).float()
+        return model(enlarge(inputs, config)).float()
 
 
 def attack_inputs(model, inputs, targets, config):
@@ -344,7 +344,7 @@ def settle_auto(config, model, begun_in, count):
 
 def build_model(config, data, fresh):
     """A model on the CPU that takes the images of data, and what to log of its pretrained weights, or None."""
-    model, image = make_model(config), as_inputs(data["original"][0][:1], config)
+    model, image = make_model(config), enlarge(as_inputs(data["original"][0][:1], config), config)
     pretrained = load_pretrained(model, config.pretrained) if config.pretrained and fresh else None
     utils.check_size(model, image, config.architecture)
     utils.check_last_batch(model, image, len(data["train"][1]), config.batch_size, "batch_size")

@@ -260,9 +260,9 @@ def place_in_table(group):
 
 def paper_accuracies(result):
     """The paper's accuracies for a result's model and method; None where it has none, and for a run with a name,
-    pretrained weights, a key of VARIANTS, another eps, or a subset. The base classifier, steps and other keys, as
-    epochs, may be others."""
-    others = result["settings"].keys() & {"pretrained", "subset", *itertools.chain(*VARIANTS.values())}
+    pretrained weights, enlarged images, a key of VARIANTS, another eps, or a subset. The base classifier, steps and
+    other keys, as epochs, may be others."""
+    others = result["settings"].keys() & {"pretrained", "enlarge", "subset", *itertools.chain(*VARIANTS.values())}
     lock = result["lock"]["settings"] if result["lock"] else {"eps": 0.5, "subset": None}
     if result["dataset"] != "cifar10" or result["name"] or others or lock["eps"] != 0.5 or lock["subset"]:
         return None

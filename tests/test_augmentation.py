@@ -114,6 +114,13 @@ def test_normalize_does_what_it_says(tmp_path):
     )
 
 
+def test_enlarged_images_are_torchvisions(tmp_path):
+    images = torch.rand(2, 3, 8, 6)
+    assert torch.equal(augmentation.enlarge(images, config_of(tmp_path)), images)
+    enlarged = augmentation.enlarge(images, config_of(tmp_path, enlarge="3"))
+    torch.testing.assert_close(enlarged, functional.resize(images, [24, 18]))
+
+
 def test_augment_does_what_the_config_says(tmp_path):
     images = torch.randint(1, 256, (60, 3, 8, 8), dtype=torch.uint8)
     off = {f"augmentation.{name}": "False" for name in ("random_crop", "random_horizontal_filp", "cutout")}

@@ -178,6 +178,19 @@ def test_what_is_trained_on_and_tested_with(place, work, command, monkeypatch):
         assert all(torch.equal(part["train"][kind], whole["train"][kind][:7]) for kind in (0, 1))
 
 
+def test_a_model_sees_images_enlarged_in_training_and_in_tests(work, command, monkeypatch):
+    seen, make_model = set(), train.make_model
+
+    def make_spied_model(config):
+        model = make_model(config)
+        model.register_forward_pre_hook(lambda model, inputs: seen.add((model.training, *inputs[0].shape[1:])))
+        return model
+
+    monkeypatch.setattr(train, "make_model", make_spied_model)
+    command(train.main, "--work-path", work, "--epochs", 1, "--batch_size", 32, "--enlarge", 2)
+    assert seen == {(True, 3, 64, 64), (False, 3, 64, 64)}
+
+
 def test_each_method_and_seed_has_its_own_folder(place, work, command):
     quick = ["--epochs", 1, "--batch_size", 32]
     command(train.main, "--work-path", work, *quick, "--lock-method", "horiz", "--seed", 7)

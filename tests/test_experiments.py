@@ -52,6 +52,7 @@ def results(tmp_path):
         {"config": {"epochs": 2, "seed": 0, "eval_freq": 5}},
         {"config": {"epochs": 2, "seed": 0, "train_on": "original"}},
         {"config": {"epochs": 2, "seed": 0, "subset": 9}},
+        {"config": {"epochs": 2, "seed": 0, "enlarge": 2}},
         {"lock": lock_of(eps=2.0)},
         {"lock": lock_of(subset=64)},
         {"lock": lock_of(attack_steps=9)},
@@ -86,6 +87,7 @@ def test_the_table_puts_seeds_together_beside_the_papers_numbers(results, comman
         "| 28.77 / 93.58 |",
         "| cifar10 | vgg19 | basic | plain, train_on original | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
         "| cifar10 | vgg19 | basic | plain, subset 9 | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
+        "| cifar10 | vgg19 | basic | plain, enlarge 2 | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |",
         "| cifar10 | vgg19 | basic | plain | resnet50 0123456, eps 2, 100 steps, 50000 images | 2 | 1 | 28.00 | 29.00 "
         "| 93.00 |  |",
         "| cifar10 | vgg19 | basic | plain | resnet50 0123456, eps 0.5, 100 steps, 64 images | 2 | 1 | 28.00 | 29.00 "
@@ -111,7 +113,7 @@ def test_what_is_drawn(results, monkeypatch, tmp_path):
         ("--", "grey", [29, 28]), ("--", "C0", [29, 28]), ("-", "C0", [91, 92])
     ]  # fmt: skip
     titles = [axis.get_title() for axis in figures[0].axes if axis.get_title()]
-    assert len(titles) == len(set(titles)) == 11  # horiz shares that of basic; the control has none
+    assert len(titles) == len(set(titles)) == 12  # horiz shares that of basic; the control has none
     (panel,) = [axis for axis in figures[0].axes if axis.get_title() == "vgg19 on cifar10, plain\nlock: no manifest"]
     assert [line.get_color() for line in panel.lines] == ["grey", "C0", "C0", "C1", "C1"]
 
