@@ -30,5 +30,5 @@ lint: $(INSTALLED)
 
 $(INSTALLED): requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -r requirements.txt pytest ruff
+	$(BIN)/python -m pip install --quiet -r requirements.txt pytest ruff
 	touch $@

@@ -202,7 +202,7 @@ def check_values(config, where):
     if config.optimize.nesterov and config.optimize.momentum == 0:
         raise UserError(f"{where['optimize.nesterov']} needs a momentum; set it to False")
     ckpt_path = Path(config.ckpt_path)
-    if ckpt_path.is_absolute() or ".." in ckpt_path.parts:
+    if ckpt_path.anchor or ".." in ckpt_path.parts:
         raise UserError(f"{where['ckpt_path']} is '{config.ckpt_path}'; it must be a folder below the run's, as ./")
     if Path(config.ckpt_name).name != config.ckpt_name:
         raise UserError(f"{where['ckpt_name']} is '{config.ckpt_name}'; it must be a file's name, without a folder")

@@ -326,7 +326,7 @@ def write_originals(out, originals, formats):
     """Write Splits in the formats to a new folder, or to one that an interrupted call had not got to fill."""
     staging = out / ".unlocking"
     with utils.exclusive(out):
-        if any(path.name not in (".lock", staging.name) for path in out.iterdir()):
+        if any(not path.name.startswith(".") for path in out.iterdir()):  # .lock, or what macOS leaves behind
             raise UserError(f"--orig-data {out}: holds files already; name a folder that is empty or not there yet")
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()

@@ -414,7 +414,7 @@ def run(args, config, data, manifest, folder, suffix):
     about = {"data_sha256": data_hash, "made_with": made_with, "history": history, "lock": manifest}
     result = runs.finish(folder, config, suffix, args.name, writers, about)
     log(f"pictures (originals, locked, ten times the difference): {picture}")
-    log(f"curves: tensorboard --logdir {shlex.quote(args.work_path)}")
+    log(f"curves: tensorboard --logdir {shlex.quote(Path(args.work_path).as_posix())}")
     log(runs.outcome(result))
 
 

@@ -11,7 +11,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import warnings
 import zipfile
@@ -233,15 +232,18 @@ def discard(folder, trash):
 
 
 def lies_in(path, folder):
-    """Whether a path is a folder, or lies in it."""
-    return Path(path).resolve().is_relative_to(Path(folder).resolve())
+    """Whether a path is a folder, or lies in it, capitals aside: many disks do not tell them apart."""
+    path, folder = (Path(str(Path(each).resolve()).lower()) for each in (path, folder))
+    return path.is_relative_to(folder)
 
 
 def make_folder(path):
     """Make a folder that files can be written to; raises UserError where that cannot be."""
+    probe = Path(path, f".{os.getpid()}.tmp")  # tempfile would try more names, on Windows for hours
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
+        probe.touch()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be a folder to write to ({error.strerror}); name another") from error
 
@@ -325,7 +327,7 @@ def pick_device(use_gpu=True):
         torch.cuda.set_device(device)
         return device, torch.cuda.get_device_name()
     threads = f"{torch.get_num_threads()} threads"
-    return torch.device("cpu"), f"{threads}, no GPU was found" if use_gpu else threads
+    return torch.device("cpu"), f"{threads}, no CUDA GPU was found" if use_gpu else threads
 
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -116,7 +116,7 @@ def test_a_jpeg_is_turned_upright(folder):
             "f.png: is animated; save one of its frames",
         ),
         (lambda f: write(f, "test/cat/d.jpg"), "two images or folders would be named cat/d.png"),
-        (lambda f: write(f, "test/cat/D.PNG"), "would be named cat/[dD].png, capitals aside"),
+        (lambda f: write(f, "test/cat/D.jpg"), "would be named cat/[dD].png, capitals aside"),
         (lambda f: write(f, "test/cat/c:d.png"), "cat/c:d.png has a colon in its name"),
         (lambda f: [write(f, "test/cat/f.jpg"), write(f, "test/cat/f.png/g.png")], "would be named cat/f.png"),
         (lambda f: (f / "test/cat/f.png").write_bytes(RGB16), "f.png: its pixels are RGB;16B; convert it to 8-bit"),

@@ -100,7 +100,7 @@ def test_a_key_that_is_moved_away_meanwhile_is_not_replaced(place, command, monk
 
 def test_a_key_among_what_is_handed_out_is_refused(place, user_error, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for key in ("locked/key", tmp_path / "locked" / "key", f"../{tmp_path.name}/locked/key"):
+    for key in ("locked/key", "Locked/key", tmp_path / "locked" / "key", f"../{tmp_path.name}/locked/key"):
         assert "that is handed out" in user_error(lock.main, *lock_flags(place, "locked"), "--key-out", key)
 
 
@@ -288,12 +288,14 @@ def test_what_was_tampered_with_cannot_be_unlocked(sealed, user_error, tmp_path)
 def test_an_unlock_that_was_interrupted_starts_again(sealed, command, user_error, monkeypatch, tmp_path):
     folder, key = sealed
     flags = ["--unlock", "--key", key, "--lock-data", folder, "--orig-data", tmp_path / "out", "--format", "png"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".DS_Store").touch()  # macOS leaves it behind where somebody looked
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", lambda path, target: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(SystemExit):
             command(lock.main, *flags)
     command(lock.main, *flags)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", "test", "train"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".DS_Store", ".lock", "test", "train"]
     assert "holds files already" in user_error(lock.main, *flags)
 
 
