@@ -370,7 +370,7 @@ def suits_bfloat16(model):
 
 
 COMPILE = ("auto", "always", "never")  # when to use torch.compile
-# So many images through the network, forward and back, are worth compiling it: that takes up to a minute, and saves
+# So many images through the network, forward and back, are worth compiling it: that takes about a minute, and saves
 # some 240 us an image of the attack on a preresnet20 on a CPU with AMX, and on a GPU, by estimate, at least 30 us.
 WORTH_COMPILING = 10**6
 
