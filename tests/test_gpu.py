@@ -21,7 +21,7 @@ from checkpoints import restore, snapshot
 from data import Split
 from graphs import Captured, Compiled
 from models import MODELS, base
-from tests.conftest import config_of, new_learner, small_classifier
+from tests.conftest import config_of, new_learner, small_classifier, two_tones
 from tests.test_graphs import train_some
 from utils import PRECISIONS
 
@@ -83,8 +83,8 @@ def test_what_auto_chooses_trains(device, tmp_path, architecture):
     """
     keys = {"architecture": architecture, "precision": "bfloat16", "compile": "always", "batch_size": "32"}
     config = config_of(tmp_path, **keys, **{"lr_scheduler.base_lr": "0.01"})
-    shades, labels = torch.tensor([0, 255] * 96, dtype=torch.uint8), torch.tensor([0, 1] * 96)
-    data = shades[:, None, None, None].expand(-1, 3, 32, 32).to(device), labels.to(device)
+    images, labels = two_tones(192, [0, 1])
+    data = images.repeat(1, 1, 8, 8).to(device), labels.to(device)  # of 32x32 pixels, which vit asks for
     torch.manual_seed(0)
     first, resumed = (new_learner(config, device) for _ in range(2))
     step, losses = train.make_step(first, config, say=pytest.fail), []
