@@ -166,6 +166,12 @@ def manifest_of(folder, suffix="basic"):
     return json.loads((folder / f"lock_{suffix}.json").read_text())
 
 
+def names_in(folder):
+    """The names in a folder, sorted, without that of the file that keeps processes apart: some versions of filelock
+    delete it."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+
+
 def forbid_attacks(monkeypatch):
     monkeypatch.setattr(lock, "attack", lambda *args: pytest.fail("an attack was computed again"))
 

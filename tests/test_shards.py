@@ -16,7 +16,7 @@ import shards
 import train
 import utils
 from lockfiles import Paths
-from tests.conftest import forbid_attacks, lock_flags, manifest_of
+from tests.conftest import forbid_attacks, lock_flags, manifest_of, names_in
 from utils import UserError
 
 write_locks = lock.write_locks
@@ -143,7 +143,7 @@ def test_a_lock_is_finished_wherever_it_was_cut_off(place, command, monkeypatch,
         assert manifest is None or not list(lockfiles.check_files(paths, manifest))
         go_on(folder)
         files = [path.name for form in ("tensor", "sealed") for path in paths.groups()[form]]
-        assert sorted(path.name for path in folder.iterdir()) == sorted([".lock", "basic", "lock_basic.json", *files])
+        assert names_in(folder) == sorted(["basic", "lock_basic.json", *files])
         manifest = lockfiles.read_manifest(paths)
         assert manifest["settings"] == settings["basic"] and len(manifest["files"]) == 8
         assert not [*lockfiles.check_files(paths, manifest), *lockfiles.check_unlisted(paths, manifest)]
@@ -186,7 +186,7 @@ def test_a_finished_lock_is_not_computed_again(place, locked, command, user_erro
     (locked / "lock_basic.json").unlink()
     assert f"{locked}/train_image_basic exists" in user_error(lock.main, *lock_flags(place, locked))
     (locked / "lock_basic.json").write_bytes(before[locked / "lock_basic.json"])
-    assert {path: path.read_bytes() for path in locked.iterdir() if path.name != ".lock"} == before
+    assert {locked / name: (locked / name).read_bytes() for name in names_in(locked)} == before
 
 
 def test_an_interrupted_lock_goes_on_and_leaves_the_old_one_whole_until_it_is_done(place, locked, command, monkeypatch):
