@@ -57,8 +57,8 @@ def kill_at_random_moments(main, arguments_in, folders):
 
 def contents(folder):
     """All files of a lock, by name, the manifest without its date and its commit, which an edit meanwhile changes."""
-    paths = [path for path in Path(folder).rglob("*") if path.is_file() and path.name != ".lock"]
-    files = {path.relative_to(folder): path.read_bytes() for path in paths}
+    files = {path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    files.pop(Path(".lock"), None)  # what keeps processes apart; some versions of filelock delete it
     manifest = json.loads(files.pop(Path("lock_basic.json")))
     assert manifest.pop("date")
     del manifest["commit"]
