@@ -322,4 +322,6 @@ def test_a_lock_computes_in_its_precision_and_compiles_its_batches(place, comman
     flags = [*lock_flags(place, tmp_path), "--batch-size", 500, "--precision", "bfloat16", "--compile", "always"]
     command(lock.main, *flags)
     assert made == [torch.bfloat16, 96]
-    assert {parameter.dtype for classifier in measuring for parameter in classifier.parameters()} == {torch.float32}
+    weights = [parameter for classifier in measuring for parameter in classifier.parameters()]
+    assert {weight.dtype for weight in weights} == {torch.float32}
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights if weight.dim() == 4)
