@@ -1,12 +1,10 @@
 """What images go through before a model sees them: once, as a data set, and in training a batch at a time."""
 
-import io
 import math
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
@@ -120,7 +118,7 @@ def augment(images, config):
 
 
 def preprocess(images, config):
-    """The countermeasures of the config's preprocess section, applied to a whole data set, uint8 images [N, 3, H, W].
+    """The countermeasures of the config's preprocess section, applied to uint8 images [N, 3, H, W].
 
     In this order: grayscale; Gaussian blur, its kernel three standard deviations to each side; the highest bits of each
     channel alone; and the compression of JPEG.
@@ -133,12 +131,7 @@ def preprocess(images, config):
     if options.bits < 8:
         images = functional.posterize(images, options.bits)
     if options.jpeg_quality > 0:
-        images = torch.stack([compress(image, options.jpeg_quality) for image in images])
+        pictures = [functional.to_pil_image(image) for image in images]  # of tensors, torchvision's is deprecated
+        pictures = [functional.jpeg(picture, options.jpeg_quality) for picture in pictures]
+        images = torch.stack([functional.pil_to_tensor(picture) for picture in pictures])
     return images.contiguous()
-
-
-def compress(image, quality):
-    """An image uint8 [3, H, W] as it is after JPEG of this quality, from 1 to 100."""
-    file = io.BytesIO()
-    functional.to_pil_image(image).save(file, "jpeg", quality=quality)
-    return functional.pil_to_tensor(Image.open(file))

@@ -55,7 +55,7 @@ class Captured:
     def __init__(self, function):
         self.function = function
         self.stream = torch.cuda.Stream()  # nothing can be recorded on the default one
-        self.inputs, self.calls, self.graph = None, 0, None
+        self.inputs, self.outputs, self.calls, self.graph = None, None, 0, None
 
     def __call__(self, *inputs):
         self.inputs = self.inputs or [tensor.clone() for tensor in inputs]

@@ -59,9 +59,8 @@ def settings_of(method, classes, hashes, maps, base_sha256, args):
 
 def refuse_others(where, then, now):
     """Raise UserError where settings differ, naming both."""
-    then, now = utils.flatten(then), utils.flatten(now)
-    for key in utils.differing(now, then):
-        old, new = ("unset" if flat.get(key) is None else str(flat[key]) for flat in (then, now))
+    for key, values in utils.differing(then, now).items():
+        old, new = ("unset" if value is None else str(value) for value in values)
         start = max(0, len(os.path.commonprefix([old, new])) - 10)  # long ones may begin alike
         raise UserError(
             f"{where} was made with {key} {old[start:][:40]}, but now it is {new[start:][:40]}; "

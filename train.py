@@ -32,7 +32,7 @@ from graphs import Captured, Compiled
 from lockfiles import Paths, hash_tensor, load_locked, lock_suffix, parse_path, sha256
 from methods import METHODS, parameters_of
 from models import MODELS
-from utils import PRECISIONS, UserError, number
+from utils import UserError, number
 
 # Training
 
@@ -70,7 +70,7 @@ def make_learner(model, config):
 
 def forward(model, inputs, config):
     """The logits of a model, float32 [N, classes], of inputs enlarged as the config says, computed in its precision."""
-    with torch.autocast(inputs.device.type, PRECISIONS[config.precision], enabled=config.precision != "float32"):
+    with utils.autocast(inputs.device, config.precision):
         return model(enlarge(inputs, config)).float()
 
 
@@ -211,8 +211,11 @@ def check_originals(part, split, manifest, config):
 
 
 def preprocess_all(data, config):
-    """The splits of load_data, with the config's preprocessing."""
-    return {name: (preprocess(images, config), labels) for name, (images, labels) in data.items()}
+    """The splits of load_data, with the config's preprocessing: in parts, since a blur takes 60 times their memory."""
+    return {
+        name: (torch.cat([preprocess(part, config) for part in images.split(1000)]), labels)
+        for name, (images, labels) in data.items()
+    }
 
 
 def hash_data(data):
@@ -336,9 +339,10 @@ def settle_auto(config, model, begun_in, count):
 
     begun_in is the precision of the epochs before, if any; count is the number of images in an epoch.
     """
-    device = next(model.parameters()).device
+    device, attack = next(model.parameters()).device, config.adversarial
+    passes = attack.attack_steps + 2 if attack.eps > 0 else 1  # of each image in an epoch
     config.precision, why = utils.pick_precision(config.precision, device, model, begun_in)
-    config.compile = utils.pick_compile(config.compile, device.type == "cuda", config.epochs * count)
+    config.compile = utils.pick_compile(config.compile, device.type == "cuda", config.epochs * count * passes)
     return why
 
 

@@ -279,7 +279,7 @@ def exclusive(folder):
 
 def first_line(error):
     """What an error says, short enough for a line."""
-    return (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0][:150]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0][:150]
 
 
 def flatten(tree, prefix=""):
@@ -303,9 +303,10 @@ def nest(flat):
 
 
 def differing(one, other):
-    """The keys of flatten whose values differ between two trees; one that is absent counts as None."""
+    """{key of flatten: (value in one, value in other)} of what differs between two trees; absent counts as None."""
     one, other = flatten(one), flatten(other)
-    return [key for key in one | other if one.get(key) != other.get(key)]
+    pairs = {key: (one.get(key), other.get(key)) for key in one | other}
+    return {key: (mine, its) for key, (mine, its) in pairs.items() if mine != its}
 
 
 # Devices
@@ -315,9 +316,10 @@ def pick_device(use_gpu=True):
     """The device to compute on, and why, as a pair (torch.device, str); the processes of torchrun share the GPUs.
 
     From here on, no GPU rounds what it multiplies to TF32: float32 means float32. And cuDNN tries which of its
-    algorithms is the fastest, which repays where all batches are alike.
+    algorithms is the fastest, which repays where all batches are alike; but its attention is not used.
     """
     torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.enable_cudnn_sdp(False)  # torch 2.9's fails in CUDA graphs (pytorch issue 169849)
     with warnings.catch_warnings():  # torch 2.9 announces another way, which earlier versions do not have
         warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32")
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -349,6 +351,11 @@ def pick_precision(name, device, model, begun=None):
     if (unit := bfloat16_unit()) and suits_bfloat16(model):
         return "bfloat16", f"this CPU's {unit} multiplies matrices faster in it"
     return "float32", "half precision is not known to be faster for this model on this CPU"
+
+
+def autocast(device, precision):
+    """A context in which layers compute in one of PRECISIONS, their weights being float32."""
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32")
 
 
 def bfloat16_unit():
@@ -433,6 +440,7 @@ def environment(device):
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
+        **({"cudnn": torch.backends.cudnn.version()} if device.type == "cuda" else {}),
         "torchvision": str(torchvision.__version__),
         "numpy": np.__version__,
         "pillow": PIL.__version__,

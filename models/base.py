@@ -33,7 +33,7 @@ from augmentation import color_jitter, random_crop, random_flip, random_rotation
 from data import DATASETS, SPLITS, to_float
 from graphs import Compiled
 from models import MODELS
-from utils import COMPILE, PRECISIONS, UserError, serialize, write_file
+from utils import COMPILE, UserError, serialize, write_file
 
 # To run robustness today
 
@@ -487,15 +487,14 @@ def speed_up(network, args, device, passes):
     if compile == "always":
         # as CUDA graphs, since a GPU would wait for robustness' loop to launch every kernel
         network.forward = Compiled(network.forward, args.batch_size, mode="reduce-overhead")
-    if precision != "float32":
-        network.forward = in_half(network.forward, device, PRECISIONS[precision])
+    network.forward = in_precision(network.forward, device, precision)
 
 
-def in_half(function, device, dtype):
-    """A function of images whose layers compute in dtype, and whose logits are float32."""
+def in_precision(function, device, precision):
+    """A function of images whose layers compute in one of PRECISIONS, and whose logits are float32."""
 
     def run(images, *args, **kwargs):
-        with torch.autocast(device.type, dtype):
+        with utils.autocast(device, precision):
             return function(images, *args, **kwargs).float()
 
     return run

@@ -396,7 +396,9 @@ def test_what_a_run_draws_from_and_whether_it_is_compiled(work, command, monkeyp
     monkeypatch.setattr(train.utils, "pick_compile", lambda name, *rest: asked.append(rest) or "never")
     monkeypatch.setattr(train, "make_model", lambda *args: seeds.append(torch.initial_seed()) or make_model(*args))
     command(train.main, "--work-path", work, "--epochs", 1, "--seed", 77)
-    assert seeds == [77] and asked == [(False, 96)]
+    attacked = ["--adversarial.eps", 0.5, "--adversarial.attack_steps", 2]
+    command(train.main, "--work-path", work, "--epochs", 1, "--seed", 78, *attacked)
+    assert seeds == [77, 78] and asked == [(False, 96), (False, 96 * 4)]
 
 
 def test_mistakes_in_names_and_labels(place, work, user_error, tmp_path, locked):

@@ -206,7 +206,7 @@ def passes(graph_module, example_inputs):
 
 
 def fails(graph_module, example_inputs):
-    raise RuntimeError("Failed to find C compiler. Please specify one.\nmore")
+    raise RuntimeError("\nFailed to find C compiler. Please specify one.\nmore")
 
 
 @pytest.mark.parametrize(
