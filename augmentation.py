@@ -118,7 +118,7 @@ def augment(images, config):
 
 
 def preprocess(images, config):
-    """The countermeasures of the config's preprocess section, applied to uint8 images [N, 3, H, W].
+    """The countermeasures of the config's preprocess section, applied to a whole data set, uint8 images [N, 3, H, W].
 
     In this order: grayscale; Gaussian blur, its kernel three standard deviations to each side; the highest bits of each
     channel alone; and the compression of JPEG.
@@ -127,7 +127,9 @@ def preprocess(images, config):
     if options.grayscale:
         images = functional.rgb_to_grayscale(images, num_output_channels=3)
     if options.blur > 0:
-        images = functional.gaussian_blur(images, 2 * math.ceil(3 * options.blur) + 1, options.blur)
+        size = 2 * math.ceil(3 * options.blur) + 1
+        parts = images.split(1000)  # a blur takes 60 times the memory of what it is given
+        images = torch.cat([functional.gaussian_blur(part, size, options.blur) for part in parts])
     if options.bits < 8:
         images = functional.posterize(images, options.bits)
     if options.jpeg_quality > 0:
