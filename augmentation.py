@@ -128,7 +128,7 @@ def preprocess(images, config):
         images = functional.rgb_to_grayscale(images, num_output_channels=3)
     if options.blur > 0:
         size = 2 * math.ceil(3 * options.blur) + 1
-        parts = images.split(1000)  # a blur takes 60 times the memory of what it is given
+        parts = images.split(max(1, 2**22 // images[0].numel()))  # a blur takes 60 times the memory of its images
         images = torch.cat([functional.gaussian_blur(part, size, options.blur) for part in parts])
     if options.bits < 8:
         images = functional.posterize(images, options.bits)

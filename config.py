@@ -6,7 +6,7 @@ from typing import NamedTuple
 import yaml
 from easydict import EasyDict
 
-from data import DATASETS
+from data import DATASETS, canonical_name
 from models import MODELS
 from utils import COMPILE, MAX_SEED, PRECISIONS, UserError, check_known, did_you_mean, flatten, nest
 
@@ -147,6 +147,7 @@ def load_config(path, overrides):
     missing = [name for name, key in KEYS.items() if key.default is str and name not in given]
     if missing:
         raise UserError(f"{path}: the key '{missing[0]}' is missing")
+    values["dataset"] = canonical_name(values["dataset"])
     config = EasyDict(nest(values))
     check_values(config, where)
     return config

@@ -61,8 +61,9 @@ def measure(classifier, images, locked, labels, targets):
 def lock_batch(classifier, folded, maps, args, images, labels, split, methods, on_step):
     """Lock images uint8 [N, 3, H, W] with labels int64 [N] by each of the methods, attacking each target map once.
 
-    The folded classifier is what is attacked; the classifier itself predicts and measures. Returns, by method, a
-    pair of the locked images uint8 and what was measured, one number an image, by name; all of it on the CPU.
+    The folded classifier is what is attacked; the classifier itself predicts and measures. maps gives each target map
+    by name, a list; on_step is called after each evaluation of an attack. Returns, by method, a pair of the locked
+    images uint8 and what was measured, one number an image, by name; all of it on the CPU.
     """
     originals = to_float(images)
     with torch.no_grad():
@@ -96,7 +97,8 @@ def lock_batch(classifier, folded, maps, args, images, labels, split, methods, o
 def lock_split(lock_one, images, labels, split, locks, args, device, ranks):
     """Lock a split, one batch a rank at a time; writes a shard for each batch and method that has none yet.
 
-    lock_one is lock_batch, given what is the same for every batch; locks gives the Paths of each method.
+    images are uint8 [N, 3, H, W], and labels int64 [N]. lock_one is lock_batch, given what is the same for every batch;
+    locks gives the Paths of each method.
     """
     starts = range(0, len(images), args.batch_size)
     todo = list(ranks.on_rank0(shards.missing, locks, split, starts).items())
@@ -115,8 +117,8 @@ def lock_split(lock_one, images, labels, split, locks, args, device, ranks):
         bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}",
         disable=ranks.rank > 0,
     ) as progress:
-        for index in range(0, len(todo), ranks.count):
-            together = todo[index : index + ranks.count]  # a batch for each rank
+        for index in range(0, len(todo), ranks.world_size):
+            together = todo[index : index + ranks.world_size]  # a batch for each rank
             results = error = None
             if ranks.rank < len(together):
                 start, methods = together[ranks.rank]
@@ -204,7 +206,7 @@ def lock_dataset(args, ranks):
         manifests = ranks.on_rank0(shards.prepare, locks, settings, args)
         todo = {method: paths for method, paths in locks.items() if not manifests[method]}
         if todo:
-            where = f"{device} ({reason})" + (f" and {ranks.count - 1} more" if ranks.count > 1 else "")
+            where = f"{device} ({reason})" + (f" and {ranks.world_size - 1} more" if ranks.world_size > 1 else "")
             ranks.say(f"Locking {args.dataset} by {', '.join(todo)} with {args.arch}, on {where}")
             ranks.say(utils.describe_precision(args.precision, why, args.compile))
         for name in attacks_of(todo):
@@ -468,4 +470,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run_command(main, if_interrupted="the same command goes on from here")
+    utils.run_command(main, if_interrupted="the same command goes on with a lock; --verify and --unlock start again")

@@ -12,12 +12,12 @@ from utils import UserError
 
 
 class Ranks:
-    """This process among those of torchrun: rank, counted from 0, of count. Rank 0 does all the writing."""
+    """This process among those of torchrun: rank, counted from 0, of world_size. Rank 0 does all the writing."""
 
     def __init__(self):
-        self.rank, self.count = 0, 1
+        self.rank, self.world_size = 0, 1
         if dist.is_available() and dist.is_torchelastic_launched():
-            self.rank, self.count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             # gloo, since all that is exchanged lies on the CPU; and ranks may be far apart: a batch can take an hour
             dist.init_process_group("gloo", timeout=timedelta(days=7))
 
@@ -28,15 +28,15 @@ class Ranks:
 
     def gather(self, value):
         """The values of all ranks, in their order, on rank 0; None elsewhere."""
-        if self.count == 1:
+        if self.world_size == 1:
             return [value]
-        values = [None] * self.count if self.rank == 0 else None
+        values = [None] * self.world_size if self.rank == 0 else None
         dist.gather_object(value, values)
         return values
 
     def on_rank0(self, function, *args):
         """What function(*args) returns, on every rank, called on rank 0 alone; its error is told once, and ends all."""
-        if self.count == 1:
+        if self.world_size == 1:
             return function(*args)
         outcome = [utils.attempt(function, *args) if self.rank == 0 else None]
         dist.broadcast_object_list(outcome)
@@ -46,7 +46,7 @@ class Ranks:
 
     def everywhere(self, function, *args):
         """What function(*args) returns, called on every rank; an error on any of them is told once, and ends all."""
-        if self.count == 1:
+        if self.world_size == 1:
             return function(*args)
         value, error = utils.attempt(function, *args)
         self.abort_if_any(error)
@@ -54,8 +54,8 @@ class Ranks:
 
     def abort_if_any(self, error):
         """End all ranks if one of them has an error, a text, rather than None: the first is told."""
-        errors = [error] * self.count
-        if self.count > 1:
+        errors = [error] * self.world_size
+        if self.world_size > 1:
             dist.all_gather_object(errors, error)
         self.abort_if(next((error for error in errors if error is not None), None))
 
@@ -71,5 +71,5 @@ class Ranks:
 
     def close(self):
         """Part from the other ranks."""
-        if self.count > 1:
+        if self.world_size > 1:
             dist.destroy_process_group()

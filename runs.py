@@ -89,7 +89,8 @@ def open_writers(folder, first_epoch):
 
 
 def pictures(originals, locked):
-    """A grid [3, H', W'] in [0, 1] of three rows: originals, locked images, and grey plus ten times the difference."""
+    """A grid [3, H', W'] in [0, 1] of three rows: originals, locked images, both uint8 [N, 3, H, W], and grey plus ten
+    times the difference."""
     originals, locked = to_float(originals), to_float(locked)
     difference = (0.5 + 10 * (locked - originals)).clamp(0, 1)
     grid = make_grid(torch.cat([originals, locked, difference]), nrow=len(originals), pad_value=1)

@@ -27,7 +27,7 @@ from attack import attack
 from augmentation import as_inputs, augment, enlarge, make_mixer, preprocess
 from checkpoints import Learner, background, is_begun, keep_epoch, load_pretrained, on_gpu, read_checkpoint, restore
 from config import KEYS, load_config
-from data import DATASETS, SPLITS, canonical_name, is_plain
+from data import DATASETS, SPLITS, is_plain
 from graphs import Captured, Compiled
 from lockfiles import Paths, hash_tensor, load_locked, lock_suffix, parse_path, sha256
 from methods import METHODS, parameters_of
@@ -75,7 +75,8 @@ def forward(model, inputs, config):
 
 
 def attack_inputs(model, inputs, targets, config):
-    """Inputs float32 [N, 3, H, W] in [0, 1], led away from their targets as the model is now (Madry et al., 2018)."""
+    """Inputs float32 [N, 3, H, W] in [0, 1], led away from their targets (see hits) as the model is now (Madry et al.,
+    2018)."""
     options = config.adversarial
     classifier = partial(forward, model.eval().requires_grad_(False), config=config)
     attacked = attack(classifier, inputs, targets, options.eps, options.attack_lr, options.attack_steps, targeted=False)
@@ -84,7 +85,8 @@ def attack_inputs(model, inputs, targets, config):
 
 
 def train_step(learner, config, inputs, targets):
-    """A step of SGD on inputs float32 [N, 3, H, W]; returns their mean loss and the number of right predictions."""
+    """A step of SGD on inputs float32 [N, 3, H, W] with targets (see hits); returns their mean loss and the number of
+    right predictions."""
     model, optimizer, scaler = learner
     if config.adversarial.eps > 0:
         inputs = attack_inputs(model, inputs, targets, config)
@@ -107,7 +109,8 @@ def make_step(learner, config, say=print):
 
 
 def train_epoch(step, images, labels, config):
-    """One pass of steps in random order over images uint8 [N, 3, H, W]; returns mean loss and accuracy in percent."""
+    """One pass of steps in random order over images uint8 [N, 3, H, W] with labels int64 [N]; returns mean loss and
+    accuracy in percent."""
     mix = make_mixer(config)
     loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=images.device)
     order = torch.randperm(len(images), device=images.device)
@@ -130,7 +133,7 @@ def hits(logits, targets):
 
 @torch.no_grad()
 def evaluate(model, images, labels, config):
-    """Mean loss and accuracy in percent on images uint8 [N, 3, H, W]."""
+    """Mean loss and accuracy in percent on images uint8 [N, 3, H, W] with labels int64 [N]."""
     model.eval()
     loss_sum, correct = torch.zeros(2, dtype=torch.float64, device=images.device)
     for batch, targets in zip(images.split(config.test_batch), labels.split(config.test_batch)):
@@ -190,7 +193,7 @@ def check_manifest(manifest, split, train_manifest, original, config):
     path, settings = Path(config[f"locked_{split}_image"]), manifest["settings"]
     if parse_path(path)[1] != split:
         raise UserError(f"{path}: given as locked_{split}_image, but it was locked as the {parse_path(path)[1]} set")
-    if settings["dataset"] != canonical_name(config.dataset):
+    if settings["dataset"] != config.dataset:
         raise UserError(f"{path}: the data set is {settings['dataset']}, but the config says {config.dataset}")
     if settings["classes"] != original.classes:
         raise UserError(f"{path}: its classes are not those of {config.orig_data_path}; name the data that was locked")
@@ -372,7 +375,8 @@ def run(args, config, data, manifest, folder, suffix):
     finished = runs.finished_outcome(folder / "result.json", config, data_hash) if args.resume else None
     if finished:  # it has no more need of its checkpoints, which may have been deleted
         if not picture.exists():
-            runs.write_pictures(preprocess_all(data, config), picture)
+            first = {name: (images[:10], labels[:10]) for name, (images, labels) in data.items()}
+            runs.write_pictures(preprocess_all(first, config), picture)
         print(f"{folder}: finished already (--overwrite starts it again)\n{finished}")
         return
     data = preprocess_all(data, config)

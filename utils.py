@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
         for before, word in zip(["", *words], words):
-            if not word or (word.startswith("--") and word.endswith("=")):  # a variable of the shell that is not set
+            if not word or (word.startswith("--") and word.find("=") == len(word) - 1):  # an unset shell variable
                 raise UserError(f"{word.rstrip('=') or before}: is empty; give it a value, or leave it out")
         return super().parse_known_args(args, namespace)
 
@@ -164,6 +164,8 @@ def naming(path):
     """Let every OSError inside name a file: this one, unless it names one already (that of a full disk does not)."""
     try:
         yield
+    except BrokenPipeError:  # of what is printed, to a program that has ended
+        raise
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(error.filename or path)) from error
 

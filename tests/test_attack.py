@@ -6,10 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from attack import attack, gradient_of, project
-from models import MODELS
 from models.base import AttackerModel, DummyModel, FoldedClassifier, attacker_model, one_device, robustness_datasets
 from tests.conftest import small_classifier
-from utils import PRECISIONS, bfloat16_unit, pick_device, pick_precision
+from utils import PRECISIONS
 
 
 def saturated_images(n, size=16):
@@ -172,24 +171,3 @@ def test_attacks_in_half_precision_do_what_those_in_float32_do(precision):
     assert (attacked - images).flatten(1).norm(dim=1).max() <= 1.0 + 1e-6
     losses = [F.cross_entropy(classifier(x), targets) for x in (images, exact, attacked)]
     assert losses[2] - losses[1] < 0.02 * (losses[0] - losses[1])
-
-
-@pytest.mark.parametrize(
-    "features, unit",
-    [
-        ({"amx_bf16": True, "avx512_bf16": True}, "AMX"),
-        ({"amx_bf16": False, "avx512_bf16": True}, "AVX512_BF16"),
-        ({"amx_bf16": False, "avx512_f": True}, None),
-    ],
-)
-def test_the_precision_on_a_cpu(features, unit, monkeypatch):
-    """Some CPUs multiply matrices of bfloat16, which helps no model of depthwise convolutions or attention."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
-    assert bfloat16_unit() == unit
-    device, _ = pick_device()
-    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
-    picked = {arch: pick_precision("auto", device, MODELS[arch]())[0] for arch in ("vgg11", "mobilenet_v2", "vit")}
-    assert picked == {"vgg11": "bfloat16" if unit else "float32", "mobilenet_v2": "float32", "vit": "float32"}
-    assert [pick_precision(name, device, nn.Identity())[0] for name in PRECISIONS] == list(PRECISIONS)
-    monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert pick_precision("auto", device, MODELS["vgg11"]())[0] == "float32"

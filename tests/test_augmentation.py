@@ -102,6 +102,9 @@ def test_preprocessing(tmp_path):
     gauss = torch.exp(-((torch.arange(15) - 7.0) ** 2) / 2)
     expected = 255 * torch.outer(gauss, gauss) / gauss.sum() ** 2
     torch.testing.assert_close(blurred.float(), expected.expand(1, 3, 15, 15), atol=1, rtol=0)
+    large = torch.randint(256, (5, 3, 700, 700), dtype=torch.uint8)  # blurred in parts
+    alone = [preprocessed("blur", "1.0", image[None]) for image in large]
+    assert torch.equal(preprocessed("blur", "1.0", large), torch.cat(alone))
 
 
 def test_normalize_does_what_it_says(tmp_path):

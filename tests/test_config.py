@@ -63,6 +63,7 @@ def test_a_cifar_zoo_config_loads_unchanged(tmp_path):
     assert config.orig_data_path == "./data"
     assert config.augmentation.cutout is True and config.mixup is True
     assert config.locked_test_label == "./data/test_label_basic"
+    assert config_of(tmp_path, CIFAR_ZOO, dataset="cifar") == config  # robustness' name
     found, defaults = flatten(config), flatten(CONFIG)
     assert found.keys() == defaults.keys()
     assert {key for key in found if found[key] != defaults[key]} == {  # that file has the paper's values

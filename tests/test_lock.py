@@ -18,6 +18,7 @@ import shards
 import utils
 from data import to_float, to_uint8
 from methods import TARGET_MAPS, combine, target_maps
+from models import MODELS
 from ranks import Ranks
 from tests.conftest import lock_flags, small_classifier
 from utils import UserError
@@ -122,7 +123,7 @@ def lock_by(method, folder, classifier, images, labels, split, **flags):
 def test_what_is_left_to_do_is_what_rank_0_says(tmp_path):
     """The others may be on machines that have no shards."""
     seen, args = [], argparse.Namespace(batch_size=4, attack_steps=1)
-    ranks = argparse.Namespace(rank=1, count=2, say=print, gather=lambda value: None, abort_if_any=lambda error: None)
+    ranks = argparse.Namespace(rank=1, world_size=2, say=print, gather=lambda _: None, abort_if_any=lambda _: None)
     ranks.on_rank0 = lambda *_: {4: ["basic"], 8: ["basic"]}
     images, labels, locks = torch.zeros(12, 3, 8, 8), torch.arange(12), {"basic": lockfiles.Paths(tmp_path, "basic")}
 
@@ -255,6 +256,31 @@ def test_a_long_lock_is_compiled_where_that_is_faster(unit, monkeypatch):
     for changes in {"attack_steps": 98}, {"precision": "float32"}, {"compile": "never"}:
         assert choice(**changes)["compile"] == "never"
     assert choice(attack_steps=1, compile="always")["compile"] == "always"
+
+
+@pytest.mark.parametrize(
+    "features, unit",
+    [
+        ({"amx_bf16": True, "avx512_bf16": True}, "AMX"),
+        ({"amx_bf16": False, "avx512_bf16": True}, "AVX512_BF16"),
+        ({"amx_bf16": False, "avx512_f": True}, None),
+    ],
+)
+def test_the_precision_on_a_cpu(features, unit, monkeypatch):
+    """Some CPUs multiply matrices of bfloat16, which helps no model of depthwise convolutions or attention."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    assert utils.bfloat16_unit() == unit
+    device, _ = utils.pick_device()
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+    def picked(arch, name="auto"):
+        return utils.pick_precision(name, device, MODELS[arch]())[0]
+
+    assert picked("vgg11") == ("bfloat16" if unit else "float32")
+    assert picked("mobilenet_v2") == picked("vit") == "float32"
+    assert [picked("vgg11", name) for name in utils.PRECISIONS] == list(utils.PRECISIONS)
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert picked("vgg11") == "float32"
 
 
 @pytest.mark.parametrize(
