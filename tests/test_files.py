@@ -200,6 +200,12 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_pipe_that_is_broken_is_no_file(tmp_path):
+    with pytest.raises(BrokenPipeError) as caught, utils.naming(tmp_path):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+    assert caught.value.filename is None
+
+
 @pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
 def test_the_commit_is_that_of_the_code(monkeypatch, tmp_path):
     for name in [name for name in os.environ if name.startswith("GIT_")]:  # of another repository, where a hook set it
