@@ -153,7 +153,7 @@ def restore(state, learner, config, data_hash):
         raise UserError("--resume: the run was trained on other data than the files hold now; start with --overwrite")
     if state["epoch"] > config.epochs:
         raise UserError(f"--resume: the run has {state['epoch']} epochs already; it cannot end after {config.epochs}")
-    # only the momentum: lr must stay the tensor that a CUDA graph reads, and the other settings are the config's
+    # only the momentum: lr must be a tensor on this device, and the other settings are the config's
     state["optimizer"]["param_groups"] = learner.optimizer.state_dict()["param_groups"]
     for name, part in learner._asdict().items():
         part.load_state_dict(state[name])

@@ -20,6 +20,16 @@ class Key(NamedTuple):
     high: float = 10**9
     choices: tuple = ()
 
+    @property
+    def required(self):
+        """Whether a file must give it."""
+        return isinstance(self.default, type)
+
+    @property
+    def kind(self):
+        """The type of its values."""
+        return self.default if self.required else type(self.default)
+
 
 # The keys are CIFAR-ZOO's and the authors', but for seed, precision, compile, cutmix, cutmix_alpha, train_on,
 # subset, pretrained, enlarge, preprocess and adversarial, which are new.
@@ -48,7 +58,9 @@ KEYS = {
         choices=("auto", *PRECISIONS),
     ),
     "compile": Key(
-        "auto", "auto (long runs on a GPU), always, never: torch.compile; on a GPU also a CUDA graph", choices=COMPILE
+        "auto",
+        "auto (long runs on a GPU), always, never: torch.compile; on a GPU also a CUDA graph",
+        choices=("auto", *COMPILE),
     ),
     "optimize.momentum": Key(0.9, "momentum of SGD", 0, 1),
     "optimize.weight_decay": Key(1e-4, "weight decay of SGD", 0),
@@ -134,17 +146,15 @@ def load_config(path, overrides):
     given = read_config_file(path)
     where = {key: f"{path}: {key}" for key in [*KEYS, *given]}
     for key, text in overrides.items():
-        # text stays text where text is wanted: a folder named 1e3 is no number
-        as_text = KEYS[key].default is str or isinstance(KEYS[key].default, str)
-        given[key], where[key] = text if as_text else parse_value(text), f"--{key}"
+        given[key], where[key] = parse_flag(text, KEYS[key].kind), f"--{key}"
     values = flatten(CONFIG)
     for key, value in given.items():
         if isinstance(CONFIG.get(key), dict):
             raise UserError(f"{where[key]}: expected keys below it, like {', '.join(CONFIG[key])}")
         if key not in KEYS:
             raise UserError(f"{path}: unknown key '{key}'{did_you_mean(key, KEYS)}")
-        values[key] = convert(value, KEYS[key].default, where[key])
-    missing = [name for name, key in KEYS.items() if key.default is str and name not in given]
+        values[key] = convert(value, KEYS[key].kind, where[key])
+    missing = [name for name, key in KEYS.items() if key.required and name not in given]
     if missing:
         raise UserError(f"{path}: the key '{missing[0]}' is missing")
     values["dataset"] = canonical_name(values["dataset"])
@@ -165,17 +175,19 @@ class Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def parse_value(text):
-    """The YAML value of a flag, or the text itself where it is no YAML."""
+def parse_flag(text, kind):
+    """The value of a flag, or the text itself where it is none of that kind.
+
+    Numbers are read as by Python: to YAML, 010 is 8, and 1:30 is 90.
+    """
     try:
-        return yaml.safe_load(text)
-    except Exception:  # text that is no YAML fails in many ways, too
+        return kind(text) if kind in (str, int, float) else yaml.safe_load(text)
+    except Exception:  # text that is no YAML fails in many ways
         return text
 
 
-def convert(value, default, where):
-    """value as the type of default; raises UserError where it is of another type."""
-    kind = default if isinstance(default, type) else type(default)
+def convert(value, kind, where):
+    """A value as one of a kind, which is a type; raises UserError where it is of another."""
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML 1.1 reads 1e-4, which has no dot, as text

@@ -136,7 +136,7 @@ def lock_split(lock_one, images, labels, split, locks, args, device, ranks):
 
 
 def report(summary):
-    """How strong a lock is, as lines of text, from the numbers of summarize."""
+    """How strong a lock is, as lines of text, from the numbers of shards.summarize."""
     attacks = ", ".join(f"{name} {share:.2%}" for name, share in summary["attacks"].items())
     psnr = "infinite" if summary["psnr"] is None else f"{summary['psnr']:.2f} dB"
     unchanged = f", {summary['unchanged']} images unchanged" if summary["unchanged"] else ""
@@ -151,7 +151,7 @@ def report(summary):
 
 
 def weaknesses(summary):
-    """What a lock with these numbers of summarize lacks, and what to do about it, as lines."""
+    """What a lock with these numbers of shards.summarize lacks, and what to do about it, as lines."""
     if summary["base_accuracy"] < 0.5:
         yield "the base classifier is wrong on most originals: was it trained on them, and long enough?"
     if min(summary["attacks"].values()) < 0.9:
@@ -292,9 +292,9 @@ def verify(folder):
     print(f"{folder}: every file of {', '.join(paths.manifest.name for paths in locks)} is as it was locked")
 
 
-def unlock(args):
-    """Write the original images of a sealed lock, bit for bit, to --orig-data."""
-    key = sealing.read_key(args.key)
+def find_sealed(args, key):
+    """The Paths and the manifest of the lock to unlock: of those named, if any, that the key has sealed, the one of the
+    most images."""
     locks, named = lockfiles.locks_in(args.lock_data), suffixes_of(args).values()
     found = [paths for paths in locks if not named or paths.suffix in named]
     sealed = {paths: manifest for paths in found if (manifest := lockfiles.read_manifest(paths))["sealed_with"]}
@@ -312,8 +312,14 @@ def unlock(args):
             f"sealed_with in the manifest is {', '.join(keys)}"
         )
     sealed = {paths: manifest for paths, manifest in sealed.items() if manifest["sealed_with"] == mine}
-    paths = max(sealed, key=lambda paths: sealed[paths]["report"]["train"]["images"])  # a trial may lie beside it
-    manifest, originals = sealed[paths], {}
+    return max(sealed.items(), key=lambda item: item[1]["report"]["train"]["images"])  # a trial may lie beside it
+
+
+def unlock(args):
+    """Write the original images of a sealed lock, bit for bit, to --orig-data."""
+    key = sealing.read_key(args.key)
+    paths, manifest = find_sealed(args, key)
+    originals = {}
     for split in SPLITS:
         locked, _ = lockfiles.load_split(paths, split, manifest)
         content = lockfiles.read_checked(paths, manifest, paths.file(split, "sealed"))
@@ -381,7 +387,7 @@ def parse_arguments():
     )
     add(
         "--compile",
-        choices=COMPILE,
+        choices=["auto", *COMPILE],
         default="auto",
         help="use torch.compile, which takes up to a minute; auto: as begun, or for a long lock on a GPU, or in "
         "bfloat16 on a CPU (default: %(default)s)",

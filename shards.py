@@ -35,7 +35,7 @@ def hash_originals(splits):
 # What lock.py chooses by its device where it is not told, and whether a value is one that it chooses
 CHOICES = {
     "precision": lambda value: value in list(utils.PRECISIONS),  # a dict raises an error for JSON's lists and objects
-    "compile": lambda value: value in utils.COMPILE[1:],
+    "compile": lambda value: value in utils.COMPILE,
     "batch_size": lambda value: isinstance(value, int) and value > 0,
 }
 
@@ -190,7 +190,8 @@ def missing(locks, split, starts):
 
 
 def write_all(locks, split, starts, made):
-    """Write shards of the batches that begin at starts; made pairs each result of lock_batch with its environment."""
+    """Write shards of the batches that begin at starts; made pairs each result of lock.lock_batch with what it was made
+    with."""
     for start, (results, made_with) in zip(starts, made):
         for method, (locked, measured) in results.items():
             path = shard_path(locks[method], split, start)

@@ -159,15 +159,7 @@ def load_data(config):
     locked = {split: load_locked(*files[split], flags) for split in SPLITS}
     manifests = {split: manifest for split, (_, _, manifest) in locked.items()}
     data = {"train": locked["train"][:2], "locked": locked["test"][:2], "original": original[:2]}
-    paths = config.locked_train_image, config.locked_test_image, config.orig_data_path
-    for where, (images, labels) in zip(paths, data.values()):
-        if images.shape[1:] != original.images.shape[1:]:
-            raise UserError(f"{where}: its images differ in size from those in {config.orig_data_path}")
-        if labels.min() < 0 or labels.max() >= config.num_classes:
-            found = f"labels go from {labels.min()} to {labels.max()}"
-            raise UserError(
-                f"{where}: {found}, but num_classes is {config.num_classes}; set it to the number of classes"
-            )
+    check_fit(data, config)
     lacking = [config[f"locked_{split}_image"] for split, manifest in manifests.items() if not manifest]
     if len(lacking) == 1:
         raise UserError(f"{lacking[0]}: has no manifest, but the files of the other split do; name those of one lock")
@@ -186,6 +178,17 @@ def load_data(config):
         raise UserError(f"subset is {config.subset}, but there are {count} images to train on; take at most as many")
     data["train"] = tuple(tensor[: config.subset or count] for tensor in data["train"])
     return data, manifests["train"]
+
+
+def check_fit(data, config):
+    """Raise UserError where images differ in size from the original ones, or labels do not fit num_classes."""
+    where = {"train": config.locked_train_image, "locked": config.locked_test_image, "original": config.orig_data_path}
+    for name, (images, labels) in data.items():
+        if images.shape[1:] != data["original"][0].shape[1:]:
+            raise UserError(f"{where[name]}: its images differ in size from those in {config.orig_data_path}")
+        if labels.min() < 0 or labels.max() >= config.num_classes:
+            found = f"labels go from {labels.min()} to {labels.max()}, but num_classes is {config.num_classes}"
+            raise UserError(f"{where[name]}: {found}; set it to the number of classes")
 
 
 def check_manifest(manifest, split, train_manifest, original, config):
@@ -231,7 +234,7 @@ def hash_data(data):
 
 
 def parse_arguments():
-    """The arguments, and the config with the flags' values in it."""
+    """The arguments, and the config with what the flags say."""
     parser = utils.Parser(__doc__)
     parser.add_argument("--work-path", required=True, help="folder of an experiment, with its config.yaml")
     parser.add_argument("--name", default="", help="folder of the run below the method's, to keep other runs apart")
@@ -243,7 +246,7 @@ def parse_arguments():
         parser.add_argument(f"--{name}", type=number(float, 0, 1), help=f"lock.py's --{name} (default: 0.5)")
     keys = parser.add_argument_group("keys of config.yaml")
     for name, key in KEYS.items():
-        value = "required" if key.default is str else f"default: {key.default or repr(key.default)}"
+        value = "required" if key.required else f"default: {key.default or repr(key.default)}"
         keys.add_argument(f"--{name}", metavar="VALUE", help=f"{key.help} ({value})")
     args, unknown = parser.parse_known_args()
     if unknown:
@@ -257,6 +260,12 @@ def parse_arguments():
     config = load_config(Path(args.work_path, "config.yaml"), overrides)
     if args.resume and args.overwrite:
         raise UserError("--resume goes on with a run, --overwrite starts it again: give one of them")
+    name_lock(args, config)
+    return args, config
+
+
+def name_lock(args, config):
+    """Let the config name the locked files of --lock-method, --alpha and --lambd, in the folder of --lock-data."""
     given = {name: value for name in ("alpha", "lambd") if (value := getattr(args, name)) is not None}
     for name in given:
         if not args.lock_method:
@@ -271,7 +280,6 @@ def parse_arguments():
         if args.lock_data:
             path = Path(args.lock_data, path.name)
         config[key] = str(path)
-    return args, config
 
 
 def check_loss(loss, epoch):
@@ -366,18 +374,26 @@ def log_data(log, data, manifest):
         log("warning: the labels of the locked and the original test set differ: another order, or another data set?")
 
 
+def tell_finished(folder, picture, config, data, data_hash):
+    """Whether a run has ended already, which is then told. It needs no checkpoints any more; its picture is written
+    again where it is absent."""
+    finished = runs.finished_outcome(folder / "result.json", config, data_hash)
+    if not finished:
+        return False
+    if not picture.exists():
+        first = {name: (images[:10], labels[:10]) for name, (images, labels) in data.items()}
+        runs.write_pictures(preprocess_all(first, config), picture)
+    print(f"{folder}: finished already (--overwrite starts it again)\n{finished}")
+    return True
+
+
 def run(args, config, data, manifest, folder, suffix):
     """Train in a folder, from the start or from the last whole checkpoint; writes all that a run leaves behind."""
     if args.overwrite and config.pretrained and utils.lies_in(config.pretrained, folder):
         raise UserError(f"pretrained: {config.pretrained}: --overwrite would delete it; give the run another --name")
     checkpoint, picture = folder / config.ckpt_path / f"{config.ckpt_name}.pth.tar", folder / "images.png"
     data_hash = hash_data(data)  # as the files hold them: another CPU may round differently in preprocessing them
-    finished = runs.finished_outcome(folder / "result.json", config, data_hash) if args.resume else None
-    if finished:  # it has no more need of its checkpoints, which may have been deleted
-        if not picture.exists():
-            first = {name: (images[:10], labels[:10]) for name, (images, labels) in data.items()}
-            runs.write_pictures(preprocess_all(first, config), picture)
-        print(f"{folder}: finished already (--overwrite starts it again)\n{finished}")
+    if args.resume and tell_finished(folder, picture, config, data, data_hash):
         return
     data = preprocess_all(data, config)
     device, reason = utils.pick_device(config.use_gpu)
@@ -405,7 +421,7 @@ def run(args, config, data, manifest, folder, suffix):
     if not done or not picture.exists():
         runs.write_pictures(data, picture, writers["run"])
     data = {name: (images.to(device), labels.to(device)) for name, (images, labels) in data.items()}
-    epochs, step = range(done + 1, config.epochs + 1), make_step(learner, config, log)
+    epochs, step = range(done + 1, config.epochs + 1), make_step(learner, config, log)  # only now: restore replaces lr
     made_with = runs.note_start(folder / "made_with.json", epochs, device, **begun_from)
     with background() as start:  # a checkpoint of vgg19 takes about as long to write as an epoch on a GPU
         keep = partial(keep_epoch, start, checkpoint, learner, history, config, data_hash)

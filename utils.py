@@ -315,7 +315,7 @@ def differing(one, other):
 
 
 def pick_device(use_gpu=True):
-    """The device to compute on, and why, as a pair (torch.device, str); the processes of torchrun share the GPUs.
+    """The device to compute on, and why, as a pair (torch.device, str); processes share the GPUs by LOCAL_RANK.
 
     From here on, no GPU rounds what it multiplies to TF32: float32 means float32. And cuDNN tries which of its
     algorithms is the fastest, which repays where all batches are alike; but its attention is not used.
@@ -378,15 +378,15 @@ def suits_bfloat16(model):
     )
 
 
-COMPILE = ("auto", "always", "never")  # when to use torch.compile
+COMPILE = ("always", "never")  # when to use torch.compile
 # So many images through the network, forward and back, are worth compiling it: that takes about a minute, and saves
 # some 240 us an image of the attack on a preresnet20 on a CPU with AMX, and on a GPU, by estimate, at least 30 us.
 WORTH_COMPILING = 10**6
 
 
 def pick_compile(name, faster, passes, begun=None):
-    """Whether to use torch.compile, as "always" or "never"; name is one of them, or auto: as the work was begun, where
-    it was, and else always where it makes this work faster, and images pass through the network often enough."""
+    """Whether to use torch.compile, as one of COMPILE; name is one of them, or auto: as the work was begun, where it
+    was, and else always where it makes this work faster, and images pass through the network often enough."""
     if name != "auto":
         return name
     return begun or ("always" if faster and passes >= WORTH_COMPILING else "never")

@@ -216,6 +216,16 @@ def settings_of(result):
     return config | flatten({"lock": result["lock"]["settings"]} if result["lock"] else {})
 
 
+def training_of(result):
+    """What a training was, but for its lock, seed and precision, and for what has no control of its own."""
+    free = FREE_ON_RESUME | {"seed", "precision", *VARIANTS["cutout"], *VARIANTS["mixup"], *VARIANTS["cutmix"]}
+    config, lock = flatten(CONFIG) | flatten(result["config"]), result["lock"]
+    training = {key: value for key, value in config.items() if key not in free} | {"dataset": result["dataset"]}
+    if lock:
+        return training | flatten({"original_sha256": lock["settings"]["original_sha256"]["train"]})
+    return training | {"orig_data_path": config["orig_data_path"]}
+
+
 def tell_apart(names, settings):
     """For each name, in which of its settings, a flat dict, it differs from others of that name, as text; '' where it
     is the only one. Hashes, and more than 40 characters, are shown only where nothing less tells them apart."""
@@ -290,21 +300,14 @@ def table(groups):
     return "\n".join(lines)
 
 
-def training_of(result):
-    """What a training was, but for its lock, seed and precision, and for what has no control of its own."""
-    free = FREE_ON_RESUME | {"seed", "precision", *VARIANTS["cutout"], *VARIANTS["mixup"], *VARIANTS["cutmix"]}
-    config, lock = flatten(CONFIG) | flatten(result["config"]), result["lock"]
-    training = {key: value for key, value in config.items() if key not in free} | {"dataset": result["dataset"]}
-    if lock:
-        return training | flatten({"original_sha256": lock["settings"]["original_sha256"]["train"]})
-    return training | {"orig_data_path": config["orig_data_path"]}
-
-
 def control_of(result, groups):
     """The group that was trained as a result was, but on original images, whatever lock it was tested on; None where
     there is no such group, or where the result is a control itself."""
     wanted = result["training"] | VARIANTS["control"]
     return next((group for group in groups if result["training"] != wanted == group[0]["training"]), None)
+
+
+# Pictures
 
 
 def panels_of(groups):
@@ -412,6 +415,9 @@ def plot_images(groups, path):
         figure.savefig(path, dpi=100)
 
 
+# The command line
+
+
 def picture_path(text):
     """A converter of a flag's text to the path of a picture, in a folder that there is."""
     path = Path(text)
@@ -448,7 +454,12 @@ def parse_arguments():
         "lock (default: plain)",
     )
     add("--jobs", type=utils.number(int, 1, 1000), default=1, help="runs at the same time (default: %(default)s)")
-    args, rest = parser.parse_known_args()
+    return complete_arguments(*parser.parse_known_args())
+
+
+def complete_arguments(args, rest):
+    """The arguments with lists of what is to be run, and the flags for train.py; raises UserError where some do not go
+    together."""
     if rest and not args.run:
         raise UserError(f"unknown flag {rest[0]}; flags of train.py go with --run")
     if args.run and args.work_path == ["experiments"]:

@@ -246,7 +246,7 @@ class FoldedClassifier(nn.Module):
 # Train
 
 
-def robustness_main():
+def import_robustness():
     """The module robustness.main, which offers in its flags just the data sets that this project can lock."""
     robustness_datasets.DATASETS = {name: name for name in DATASETS}  # its defaults of each are looked up by the value
     with warnings.catch_warnings():
@@ -269,9 +269,9 @@ HELP = {
 }
 
 
-def parse_arguments(main):
+def parse_arguments(robustness_main):
     """robustness' flags, checked and filled in with its defaults, as its own Parameters."""
-    defaults, parser = main.defaults, utils.Parser(__doc__)
+    defaults, parser = robustness_main.defaults, utils.Parser(__doc__)
     for group in (defaults.CONFIG_ARGS, defaults.MODEL_LOADER_ARGS, defaults.TRAINING_ARGS, defaults.PGD_ARGS):
         flags = [
             [name, kind, HELP.get(name, text), default]
@@ -290,15 +290,15 @@ def parse_arguments(main):
     )
     parser.add_argument(
         "--compile",
-        choices=COMPILE,
+        choices=["auto", *COMPILE],
         default="auto",
         help="use torch.compile, but not with adversarial examples; auto: for a long training on a GPU (default: auto)",
     )
-    args = main.cox.utils.Parameters(vars(parser.parse_args()))
+    args = robustness_main.cox.utils.Parameters(vars(parser.parse_args()))
     if not args.dataset:
         raise UserError(f"--dataset is required: one of {', '.join(DATASETS)}")
     try:
-        args = main.setup_args(args)
+        args = robustness_main.setup_args(args)
     except AssertionError as error:  # --eval-only
         raise UserError("--resume is required with --eval-only 1") from error
     except ValueError as error:  # "adv_train required"
@@ -327,9 +327,8 @@ def check_arguments(args):
     if args.save_ckpt_iters == 0:
         raise UserError("--save-ckpt-iters 0: must be -1, for none, or at least 1")
     check_expressions(args)
-    broken = args.constraint in ("fourier", "random_smooth")
-    broken = broken or (args.constraint == "unconstrained" and args.random_start)
-    if args.mixed_precision or args.random_restarts or broken:
+    unbounded = args.constraint == "unconstrained" and args.random_start
+    if args.mixed_precision or args.random_restarts or unbounded or args.constraint in ("fourier", "random_smooth"):
         raise UserError(
             "--mixed-precision 1, --random-restarts, --constraint fourier or random_smooth, and unconstrained with "
             "--random-start 1, do not work in robustness 1.2.1; leave them out"
@@ -396,7 +395,7 @@ def read_resumed(args, model):
     It saves the schedule before the step that ends an epoch, so that a resumed run would train at the learning rate of
     the epoch before. Raises UserError where the checkpoint is of another kind of training.
     """
-    from robustness.train import make_optimizer_and_schedule  # here: robustness_main has imported it
+    from robustness.train import make_optimizer_and_schedule  # here: import_robustness has imported it
 
     checkpoint = {**read_checkpoint(args.resume), "amp": None}
     try:
@@ -428,7 +427,7 @@ def accuracy_key(adversarial):
     return "adv_prec1" if adversarial else "nat_prec1"
 
 
-def make_store(main, args):
+def make_store(robustness_main, args):
     """robustness' store of this run, whose curves torch writes: tensorboardX would wait forever after a failed write.
 
     A store that an earlier run left in its folder is set aside, since HDF5 refuses to append a row whose texts are
@@ -440,9 +439,10 @@ def make_store(main, args):
     if folder and (folder / "store.h5").exists():
         (folder / "store.h5").rename(folder / f"store.{len(list(folder.glob('store*.h5')))}.h5")
     # it would look for a git repository around itself, and take that one's commit for its own version
-    no_repository = mock.patch.object(main.git, "Repo", side_effect=main.git.exc.InvalidGitRepositoryError)
-    with no_repository, mock.patch.object(main.cox.store, "SummaryWriter", SummaryWriter):
-        return main.setup_store_with_metadata(args)
+    git, cox = robustness_main.git, robustness_main.cox
+    no_repository = mock.patch.object(git, "Repo", side_effect=git.exc.InvalidGitRepositoryError)
+    with no_repository, mock.patch.object(cox.store, "SummaryWriter", SummaryWriter):
+        return robustness_main.setup_store_with_metadata(args)
 
 
 def accuracies(logits, labels):
@@ -500,10 +500,19 @@ def in_precision(function, device, precision):
     return run
 
 
-def train():
+def evaluate(robustness_main, args, model, batches, store):
+    """Say how accurate a base classifier is, and where that is asked for, under attack; robustness notes it too."""
+    args.adv_eval = args.adv_eval or 0
+    result = robustness_main.eval_model(args, model, batches, store=store)
+    for kind in ("nat", "adv") if args.adv_eval else ("nat",):
+        share, loss = result[f"{kind}_prec1"], result[f"{kind}_loss"]
+        print(f"accuracy {share:.2f} % on {TEST_SETS[kind]}, loss {loss:.4f}")
+
+
+def main():
     """Train or evaluate a base classifier as the flags say; its folder is --out-dir/--exp-name."""
-    main = robustness_main()
-    args = parse_arguments(main)
+    robustness_main = import_robustness()
+    args = parse_arguments(robustness_main)
     device, reason = utils.pick_device()
     torch.manual_seed(args.manual_seed)
     train_split, test_split = (DATASETS[args.dataset].load(args.data, split) for split in SPLITS)
@@ -524,7 +533,7 @@ def train():
     args.custom_accuracy = accuracies
     with (
         alone,
-        closing(make_store(main, args)) as store,
+        closing(make_store(robustness_main, args)) as store,
         closing(store.tensorboard),
         one_device(device),
         careful_saving(),
@@ -532,11 +541,7 @@ def train():
     ):
         print(f"{args.arch} on {args.dataset}, on {device} ({reason}), in {store.path}")
         if args.eval_only:
-            args.adv_eval = args.adv_eval or 0
-            result = main.eval_model(args, model.to(device), test_batches, store=store)
-            for kind in ("nat", "adv") if args.adv_eval else ("nat",):
-                share, loss = result[f"{kind}_prec1"], result[f"{kind}_loss"]
-                print(f"accuracy {share:.2f} % on {TEST_SETS[kind]}, loss {loss:.4f}")
+            evaluate(robustness_main, args, model.to(device), test_batches, store)
         else:
             augment = AUGMENTATION[args.dataset] if args.data_aug else to_float
             loaders = Batches(train_split, device, args.batch_size, augment, shuffle=True), test_batches
@@ -544,13 +549,13 @@ def train():
             if checkpoint and goes_on(args):
                 key = accuracy_key(args.adv_train)
                 checkpoint[key] = keep_best(args, checkpoint[key])
-            main.train_model(args, model.to(device), loaders, store=store, checkpoint=checkpoint)
+            robustness_main.train_model(args, model.to(device), loaders, store=store, checkpoint=checkpoint)
             report(store, args.adv_train, checkpoint)
 
 
 if __name__ == "__main__":
     utils.run_command(
-        train,
+        main,
         if_interrupted="once its folder has a checkpoint.pt.latest, the same command with --resume THAT_FILE "
         "--resume-optimizer 1 goes on after it",
     )

@@ -101,7 +101,7 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("place")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(utils, "commit", lambda: "0" * 40)  # whatever is committed while the tests run
-        call(base.train, *base_flags(place), "--epochs", 2, "--precision", "float32")
+        call(base.main, *base_flags(place), "--epochs", 2, "--precision", "float32")
         call(lock.main, *lock_flags(place), "--lock-method", "basic", "horiz")
     return place
 

@@ -135,7 +135,7 @@ def test_ctrl_c_ends_a_training(tmp_path, command, monkeypatch):
 
     monkeypatch.setattr(base, "accuracies", interrupted)
     with pytest.raises(SystemExit) as exit:
-        command(base.train, *base_flags(tmp_path), "--epochs", 1)
+        command(base.main, *base_flags(tmp_path), "--epochs", 1)
     assert exit.value.code == 130
 
 
@@ -260,7 +260,7 @@ def test_curves_that_cannot_be_written_end_a_training(tmp_path, user_error, monk
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", write)
-    assert "No space left on device" in user_error(base.train, *base_flags(tmp_path), "--epochs", 1)
+    assert "No space left on device" in user_error(base.main, *base_flags(tmp_path), "--epochs", 1)
     for store in list(tables.file._open_files.handlers):  # or PyTables would say at the end that it closes it
         store.close()
 
@@ -278,7 +278,7 @@ def test_a_base_classifier_is_evaluated_alone(place, command, capsys, monkeypatc
     user's clone, or one without a commit."""
     monkeypatch.setattr("git.Repo", lambda *args, **options: 1 / 0)
     best = place / "base" / "checkpoint.pt.best"
-    command(base.train, *base_flags(tmp_path), "--exp-name", "evaluated", "--eval-only", 1, "--resume", best,
+    command(base.main, *base_flags(tmp_path), "--exp-name", "evaluated", "--eval-only", 1, "--resume", best,
             "--adv-eval", 1, "--constraint", 2, "--eps", 1, "--attack-lr", 1, "--attack-steps", 1)  # fmt: skip
     accuracy = base.read_checkpoint(best)["nat_prec1"]
     out = capsys.readouterr().out
@@ -286,7 +286,7 @@ def test_a_base_classifier_is_evaluated_alone(place, command, capsys, monkeypatc
     assert float(re.search("accuracy (.*) % on the attacked test set, loss ", out)[1]) < accuracy
     shutil.copy(best, tmp_path / "evaluated")
     for name in (["--exp-name", "evaluated"], []):  # a folder that holds a classifier, and a new one
-        command(base.train, "--dataset", "digits", "--arch", "preresnet8", "--out-dir", tmp_path, "--eval-only", 1,
+        command(base.main, "--dataset", "digits", "--arch", "preresnet8", "--out-dir", tmp_path, "--eval-only", 1,
                 "--resume", best, *name)  # fmt: skip
         out = capsys.readouterr().out
         assert f"accuracy {accuracy:.2f} % on the test set, loss " in out and "attacked" not in out
@@ -296,42 +296,42 @@ def test_mistakes_in_the_base_classifier(place, user_error, tmp_path):
     flags = base_flags(place)
     resume = ["--resume", place / "base" / "checkpoint.pt.latest"]
     for more in ([], resume):  # without its optimizer it would start anew
-        assert "holds a classifier already, finished or not" in user_error(base.train, *flags, *more)
+        assert "holds a classifier already, finished or not" in user_error(base.main, *flags, *more)
     (tmp_path / "base").mkdir()
     shutil.copy(resume[1], tmp_path / "base")  # without a best one, it is still a classifier
-    assert "holds a classifier already" in user_error(base.train, *flags, "--out-dir", tmp_path)
-    line = user_error(base.train, *flags, "--out-dir", tmp_path, *resume, "--resume-optimizer", 1)  # with another one
+    assert "holds a classifier already" in user_error(base.main, *flags, "--out-dir", tmp_path)
+    line = user_error(base.main, *flags, "--out-dir", tmp_path, *resume, "--resume-optimizer", 1)  # with another one
     assert "holds a classifier already" in line
     adversarial = ["--adv-train", 1, "--constraint", 2, "--eps", 1, "--attack-lr", 1]
-    line = user_error(base.train, *flags, *resume, "--resume-optimizer", 1, *adversarial)
+    line = user_error(base.main, *flags, *resume, "--resume-optimizer", 1, *adversarial)
     assert f"{resume[1]}: was trained with another --adv-train" in line
     torch.save({"model": torch.load(resume[1])["model"]}, tmp_path / "weights")
     resume = ["--exp-name", "new", "--resume", tmp_path / "weights", "--resume-optimizer", 1]
-    assert "weights: holds no optimizer that fits" in user_error(base.train, *flags, *resume)
-    assert "--dataset is required" in user_error(base.train, *flags[2:])
-    assert "--adv-train required" in user_error(base.train, *flags[:2], *flags[4:])
-    assert "unknown name 'resnet49'" in user_error(base.train, *flags, "--exp-name", "new", "--arch", "resnet49")
-    line = user_error(base.train, *flags, "--exp-name", "new", "--dataset", "cifar", "--data", tmp_path)
+    assert "weights: holds no optimizer that fits" in user_error(base.main, *flags, *resume)
+    assert "--dataset is required" in user_error(base.main, *flags[2:])
+    assert "--adv-train required" in user_error(base.main, *flags[:2], *flags[4:])
+    assert "unknown name 'resnet49'" in user_error(base.main, *flags, "--exp-name", "new", "--arch", "resnet49")
+    line = user_error(base.main, *flags, "--exp-name", "new", "--dataset", "cifar", "--data", tmp_path)
     assert f"{tmp_path}: CIFAR-10 is not there" in line
-    assert "at least 1" in user_error(base.train, *flags, "--exp-name", "new", "--batch-size", 0)
+    assert "at least 1" in user_error(base.main, *flags, "--exp-name", "new", "--batch-size", 0)
     for eps in ("exit()", -0.5, "1e999"):
-        assert f"--eps {eps}: expected a number" in user_error(base.train, *flags, "--exp-name", "new", "--eps", eps)
-    assert "--resume is required" in user_error(base.train, *flags, "--exp-name", "new", "--eval-only", 1)
-    assert "--save-ckpt-iters 0" in user_error(base.train, *flags, "--exp-name", "new", "--save-ckpt-iters", 0)
+        assert f"--eps {eps}: expected a number" in user_error(base.main, *flags, "--exp-name", "new", "--eps", eps)
+    assert "--resume is required" in user_error(base.main, *flags, "--exp-name", "new", "--eval-only", 1)
+    assert "--save-ckpt-iters 0" in user_error(base.main, *flags, "--exp-name", "new", "--save-ckpt-iters", 0)
     for text in ("exit()", "[]", "[(10, 1), (5, 1)]", "[(0, 1e999)]", "[(0, -1)]"):
-        line = user_error(base.train, *flags, "--exp-name", "new", "--custom-lr-multiplier", text)
+        line = user_error(base.main, *flags, "--exp-name", "new", "--custom-lr-multiplier", text)
         assert f"--custom-lr-multiplier {text}: expected [(epoch, factor), ...]" in line
     for text in ("exit()", "cyclic"):
-        line = user_error(base.train, *flags, "--exp-name", "new", "--custom-eps-multiplier", text)
+        line = user_error(base.main, *flags, "--exp-name", "new", "--custom-eps-multiplier", text)
         assert f"--custom-eps-multiplier {text}: expected [(epoch, factor), ...]" in line
     evaluated = ["--dataset", "digits", "--arch", "preresnet8", "--eval-only", 1]
-    assert "--out-dir is required" in user_error(base.train, *evaluated, "--resume", tmp_path / "weights")
+    assert "--out-dir is required" in user_error(base.main, *evaluated, "--resume", tmp_path / "weights")
     for more in (["--mixed-precision", 1], ["--constraint", "unconstrained", "--random-start", 1]):
-        line = user_error(base.train, *flags, "--exp-name", "new", *more)
+        line = user_error(base.main, *flags, "--exp-name", "new", *more)
         assert "--mixed-precision 1, " in line and "do not work in robustness 1.2.1" in line
-    line = user_error(base.train, *flags, "--exp-name", "new", "--step-lr-gamma", "nan")
+    line = user_error(base.main, *flags, "--exp-name", "new", "--step-lr-gamma", "nan")
     assert "--step-lr-gamma nan: must be a finite number" in line
-    line = user_error(base.train, *flags, "--exp-name", "new", "--arch", "mobilenet_v2", "--batch-size", 359)
+    line = user_error(base.main, *flags, "--exp-name", "new", "--arch", "mobilenet_v2", "--batch-size", 359)
     assert "--batch-size 359: leaves the last of 1437 images" in line
     assert not (place / "new").exists()
 
@@ -339,15 +339,15 @@ def test_mistakes_in_the_base_classifier(place, user_error, tmp_path):
 def test_base_classifier_is_resumed(photos, tmp_path, command):
     """At the next epoch's learning rate; only what is better than the best takes its place, as does a better latest."""
     folder, flags = tmp_path / "base", [*base_flags(tmp_path, photos), "--step-lr", 1]
-    command(base.train, *flags, "--epochs", 1)
+    command(base.main, *flags, "--epochs", 1)
     latest, best = folder / "checkpoint.pt.latest", folder / "checkpoint.pt.best"
-    command(base.train, *flags, "--epochs", 1, "--exp-name", "same")
+    command(base.main, *flags, "--epochs", 1, "--exp-name", "same")
     weights, same = (torch.load(path)["model"] for path in (latest, tmp_path / "same" / "checkpoint.pt.latest"))
     assert all(torch.equal(value, same[name]) for name, value in weights.items())
     for of_best, of_latest, epochs, expected in ((101.0, 50.0, 3, 1), (-1.0, -1.0, 4, 4), (0.0, 101.0, 5, 4)):
         torch.save({**torch.load(best), "nat_prec1": of_best}, best)
         torch.save({**torch.load(latest), "nat_prec1": of_latest}, latest)
-        command(base.train, *flags, "--epochs", epochs, "--lr", 7, "--resume", latest, "--resume-optimizer", 1)
+        command(base.main, *flags, "--epochs", epochs, "--lr", 7, "--resume", latest, "--resume-optimizer", 1)
         assert torch.load(latest)["epoch"] == epochs
         assert torch.load(best)["epoch"] == expected
     assert torch.load(latest)["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.00001)
@@ -357,15 +357,15 @@ def test_base_classifier_is_resumed(photos, tmp_path, command):
 def test_a_base_classifier_without_a_schedule_goes_on(photos, tmp_path, command):
     """--step-lr 0, for which robustness makes no schedule: at the learning rate that it was begun with."""
     flags, latest = [*base_flags(tmp_path, photos), "--step-lr", 0], tmp_path / "base" / "checkpoint.pt.latest"
-    command(base.train, *flags, "--epochs", 1)
-    command(base.train, *flags, "--epochs", 5, "--lr", 7, "--resume", latest, "--resume-optimizer", 1)
+    command(base.main, *flags, "--epochs", 1)
+    command(base.main, *flags, "--epochs", 5, "--lr", 7, "--resume", latest, "--resume-optimizer", 1)
     assert torch.load(latest)["epoch"] == 5
     assert torch.load(latest)["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.1)
 
 
 def test_a_base_classifier_is_trained_adversarially(photos, tmp_path, command, monkeypatch):
     monkeypatch.setattr(base, "report", lambda *args: None)  # nothing may be classified right
-    command(base.train, *base_flags(tmp_path, photos), "--epochs", 1, "--precision", "bfloat16", "--adv-train", 1,
+    command(base.main, *base_flags(tmp_path, photos), "--epochs", 1, "--precision", "bfloat16", "--adv-train", 1,
             "--constraint", 2, "--eps", 0.5, "--attack-lr", 0.2, "--attack-steps", 2)  # fmt: skip
     assert "adv_prec1" in base.read_checkpoint(tmp_path / "base" / "checkpoint.pt.latest")
 
@@ -376,9 +376,9 @@ def test_a_base_classifier_is_trained_as_its_flags_say(monkeypatch, command, cap
     monkeypatch.setattr(base, "Batches", lambda *args, **more: loaders.append(batches(*args, **more)) or loaders[-1])
     monkeypatch.setattr(base, "attacker_model", lambda *args: seeds.append(torch.initial_seed()) or new(*args))
     monkeypatch.setattr(base, "report", lambda *args: None)
-    monkeypatch.setattr(base.robustness_main(), "train_model", lambda *args, **options: passed.append(args))
+    monkeypatch.setattr(base.import_robustness(), "train_model", lambda *args, **options: passed.append(args))
     for augmented in (1, 0):
-        command(base.train, *base_flags(tmp_path), "--exp-name", augmented, "--data-aug", augmented, "--manual-seed", 9,
+        command(base.main, *base_flags(tmp_path), "--exp-name", augmented, "--data-aug", augmented, "--manual-seed", 9,
                 "--precision", "bfloat16")  # fmt: skip
         assert "in bfloat16 (as asked for)" in capsys.readouterr().out
     assert seeds == [9, 9]
@@ -395,11 +395,11 @@ def test_what_a_base_classifier_is_resumed_with(place, command, monkeypatch, tmp
     passed, latest = [], place / "base" / "checkpoint.pt.latest"
     monkeypatch.setattr(base, "report", lambda *args: None)
     monkeypatch.setattr(
-        base.robustness_main(), "train_model",
+        base.import_robustness(), "train_model",
         lambda args, model, *_, **more: passed.append((torch.initial_seed(), more["checkpoint"], model.state_dict())),
     )  # fmt: skip
     for on in (1, 0):
-        command(base.train, *base_flags(tmp_path), "--exp-name", on, "--resume", latest, "--resume-optimizer", on)
+        command(base.main, *base_flags(tmp_path), "--exp-name", on, "--resume", latest, "--resume-optimizer", on)
     kept = base.read_checkpoint(latest)
     assert [seed for seed, *_ in passed] == [23 + kept["epoch"], 23]
     assert passed[0][1]["epoch"] == kept["epoch"] and passed[1][1] is None

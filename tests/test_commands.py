@@ -371,7 +371,7 @@ def test_mistakes_in_locking(place, user_error, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("main", [lock.main, train.main, base.train, study.main], ids=lambda main: main.__module__)
+@pytest.mark.parametrize("main", [lock.main, train.main, base.main, study.main], ids=lambda main: main.__module__)
 def test_help(command, capsys, main):
     with pytest.raises(SystemExit) as exit:
         command(main, "--help")
@@ -437,7 +437,7 @@ def test_the_defaults_are_the_papers(monkeypatch):
     assert (args.orig_data, args.lock_data, args.resume_path) == ("./data/cifar10", "./data", best)
     for name in ("cifar", "folder"):
         monkeypatch.setattr(sys, "argv", f"base --dataset {name} --adv-train 0 --arch resnet50 --out-dir o".split())
-        args = base.parse_arguments(base.robustness_main())
+        args = base.parse_arguments(base.import_robustness())
         assert (args.epochs, args.batch_size, args.lr, args.weight_decay, args.step_lr) == (150, 128, 0.1, 5e-4, 50)
 
 
@@ -448,7 +448,7 @@ def test_the_commands_of_the_readmes_are_understood(monkeypatch):
     parse = {
         "lock.py": lock.parse_arguments,
         "train.py": train.parse_arguments,
-        "-m models.base": lambda: base.parse_arguments(base.robustness_main()),
+        "-m models.base": lambda: base.parse_arguments(base.import_robustness()),
         "-m experiments": study.parse_arguments,
     }
     text = "".join((ROOT / name).read_text() for name in ("README.md", "results/README.md")).replace("\\\n", " ")

@@ -93,8 +93,9 @@ def test_shipped_configs(path):
 
 def test_overrides(tmp_path):
     overrides = {"epochs": "7", "lr_scheduler.lr_epochs": "[2, 4]", "optimize.weight_decay": "5e-4", "ckpt_name": "1e3"}
+    overrides["seed"] = "010"  # which is 8 in YAML
     config = config_of(tmp_path, **overrides)
-    assert (config.epochs, config.lr_scheduler.lr_epochs) == (7, [2, 4])
+    assert (config.epochs, config.seed, config.lr_scheduler.lr_epochs) == (7, 10, [2, 4])
     assert (config.optimize.weight_decay, config.ckpt_name) == (5e-4, "1e3")
     assert CONFIG["epochs"] == 250 and CONFIG["lr_scheduler"]["lr_epochs"] == [100, 150, 200]
 
@@ -146,7 +147,7 @@ def test_mistakes_in_a_config(tmp_path, text, message):
         ({"epochs": "2024-02-30"}, "--epochs: expected a whole number, found '2024-02-30'"),
         ({"optimize.momentum": "0"}, "nesterov needs a momentum"),
         ({"optimize.weight_decay": "-1"}, "optimize.weight_decay is -1.0"),
-        ({"lr_scheduler.base_lr": ".nan"}, "lr_scheduler.base_lr is nan"),
+        ({"lr_scheduler.base_lr": "nan"}, "lr_scheduler.base_lr is nan"),
         ({"augmentation.length": "-5"}, "augmentation.length is -5"),
         ({"ckpt_name": "a/b"}, "ckpt_name is 'a/b'"),
         ({"ckpt_path": "../x"}, "ckpt_path is '../x'"),
@@ -161,7 +162,8 @@ def test_mistakes_in_a_config(tmp_path, text, message):
         ({"preprocess.bits": "9"}, "preprocess.bits is 9"),
         ({"preprocess.jpeg_quality": "101"}, "preprocess.jpeg_quality is 101"),
         ({"epochs": str(10**401)}, "epochs is 1000"),
-        ({"lr_scheduler.base_lr": str(10**401)}, "base_lr: expected a number"),
+        ({"lr_scheduler.base_lr": str(10**401)}, "base_lr is inf"),
+        ({"epochs": "1:30"}, "epochs: expected a whole number, found '1:30'"),
         ({"ckpt_path": "/x"}, "ckpt_path is '/x'; it must be a folder below the run's"),
         ({"adversarial.eps": "0.5", "augmentation.normalize": "True"}, "adversarial.eps is in pixels of"),
         ({"mixup": "True", "cutmix": "True"}, "cutmix and mixup exclude each other"),

@@ -172,7 +172,7 @@ def digits(tmp_path_factory):
         chosen = ((part.labels >= 3) & (part.labels <= 6)).nonzero().flatten().tolist()
         images, names = part.images[chosen, :, 4:24, 4:28], [part.names[index] for index in chosen]
         lockfiles.write_tree(root / "photos" / split, part._replace(images=images, names=names))
-    call(base.train, *base_flags(root, root / "photos"), "--epochs", 2)
+    call(base.main, *base_flags(root, root / "photos"), "--epochs", 2)
     return root
 
 
@@ -253,7 +253,7 @@ def test_mistakes_with_a_folder(digits, user_error, monkeypatch, tmp_path):
             line = user_error(lock.main, *flags, "--orig-data", orig, "--lock-data", "photos/new")
             assert "what is handed out and the originals in" in line
     assert not (digits / "photos" / "new").exists()  # it would be a class
-    line = user_error(base.train, "--dataset", "folder", "--data", digits / "photos", "--adv-train", 0, "--arch",
+    line = user_error(base.main, "--dataset", "folder", "--data", digits / "photos", "--adv-train", 0, "--arch",
                       "resnet18", "--out-dir", tmp_path, "--exp-name", "new")  # fmt: skip
     assert "--arch resnet18: does not take images of 24x20 pixels (robustness' own take 32x32)" in line
     assert not (tmp_path / "new").exists()

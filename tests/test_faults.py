@@ -134,7 +134,7 @@ def test_a_full_disk_costs_no_base_classifier(place, tmp_path):
     folder, output = tmp_path / "base", tmp_path / "output"
     shutil.copytree(place / "base", folder)
     flags = [*base_flags(tmp_path), "--resume", folder / "checkpoint.pt.latest", "--resume-optimizer", 1]
-    assert finish(base.train, [*flags, "--epochs", 4, "--log-iters", 1], output, file_size=400_000) == 2
+    assert finish(base.main, [*flags, "--epochs", 4, "--log-iters", 1], output, file_size=400_000) == 2
     last = output.read_text().splitlines()[-1]
     assert last == f"command: error: [Errno 27] File too large: '{folder}/checkpoint.pt.latest'"
     for name in ("checkpoint.pt.latest", "checkpoint.pt.best"):
@@ -192,7 +192,7 @@ def test_two_processes_do_not_write_to_one_folder(place, two_epochs, user_error,
     for folder, main, arguments in (
         (tmp_path / "locked", lock.main, lock_flags(place, tmp_path / "locked")),
         (checkpoint.parent, train.main, [*flags, "--epochs", 3]),
-        (tmp_path / "base", base.train, [*base_flags(tmp_path), "--epochs", 1]),
+        (tmp_path / "base", base.main, [*base_flags(tmp_path), "--epochs", 1]),
     ):
         with utils.exclusive(folder):
             before = set(folder.iterdir())

@@ -107,7 +107,7 @@ def test_the_training_of_a_base_classifier_is_the_plain_one(device, monkeypatch,
     On a CPU, five steps in bfloat16 differed from those in float32 by 0.3.
     """
     monkeypatch.setattr(base, "Compiled", partial(Compiled, say=pytest.fail))
-    base.robustness_main()  # imports robustness.train, and hides its warnings
+    base.import_robustness()  # imports robustness.train, and hides its warnings
     from robustness import train as loops
 
     split = Split(torch.randint(256, (640, 3, 32, 32), dtype=torch.uint8), torch.arange(640) % 10, None, None)

@@ -23,6 +23,7 @@ import shlex
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from copy import deepcopy
 from datetime import datetime, timezone
@@ -56,8 +57,8 @@ from models.base import (
     accuracies,
     attacker_model,
     augment_photos,
+    import_robustness,
     one_device,
-    robustness_main,
     speed_up,
 )
 from utils import UserError
@@ -117,9 +118,9 @@ class Work(NamedTuple):
 
     name: str
     whole: int
-    reference: callable
+    reference: Callable
     reference_count: int
-    ours: callable
+    ours: Callable
     count: int
     cost: tuple
 
@@ -155,7 +156,7 @@ def robustness_attack(model, images, targets, steps):
 def compile_on(device):
     """The value of the key compile: on a GPU what auto means for long work; on a CPU never, since what is timed there
     is small."""
-    return utils.pick_compile("auto", device.type == "cuda", utils.WORTH_COMPILING)
+    return "always" if device.type == "cuda" else "never"
 
 
 def attack_works(device, precision, size):
@@ -214,7 +215,7 @@ def random_split(count):
 
 def base_works(device, precision, size):
     """The line about training a base classifier, by robustness' own loop both times."""
-    robustness_main()  # imports robustness.train, and hides its warnings
+    import_robustness()  # imports robustness.train, and hides its warnings
     from robustness import data_augmentation
     from robustness import train as loops
     from robustness.tools import helpers
@@ -433,7 +434,7 @@ def main():
     print(f"{device} ({reason}), {os.cpu_count()} CPU cores, {precision} ({why}), compile {compile_on(device)};")
     print(f"torch {torch.__version__}{cudnn}, Python {platform.python_version()}.")
     print(f"Peak, as measured: {rates[0] / 1e12:.2f} TFLOP/s in a matrix product, {rates[1] / 1e9:.0f} GB/s in a copy.")
-    # base_works first: torch.compile's CUDA graphs free cuBLAS' workspaces, to which those of training_works write
+    # training_works last: torch.compile's CUDA graphs in base_works free cuBLAS' workspaces, to which its own write
     works = chain(*(kind(device, precision, size) for kind in (attack_works, base_works, training_works)))
     columns = "work, for one image", "the authors' way, ms", "ours, ms", "ratio", "of peak FLOP/s"
     columns += "of peak bandwidth", "first call, s", "the whole, the authors' way", "the whole, ours"
@@ -446,9 +447,10 @@ def main():
         shares = " | ".join(f"{cost / ours / rate:.0%}" for cost, rate in zip(work.cost, rates))
         times = f"{1e3 * reference:.3g} | {1e3 * ours:.3g} | {reference / ours:.1f}x"
         once = first if work.whole == LOCK else 0  # the first of many epochs pays for all
-        whole = f"{duration(reference * work.whole)} | {duration(ours * work.whole + once)}"
-        whole = whole if work.whole == EPOCH or size.steps > 1 else "|"
-        print(f"| {work.name} | {times} | {shares} | {first:.1f} | {whole} |", flush=True)
+        whole = duration(reference * work.whole), duration(ours * work.whole + once)
+        if work.whole == LOCK and size.steps == 1:
+            whole = "", ""
+        print(f"| {work.name} | {times} | {shares} | {first:.1f} | {' | '.join(whole)} |", flush=True)
         profiles[work.name] = list(profile(work.ours, device)) if args.profile else []
     for name, lines in profiles.items():
         if lines:
