@@ -50,10 +50,10 @@ def test_equals_robustness(seed, eps, step_size, steps, targeted):
 
 
 def test_every_iterate_is_in_the_ball_and_in_range():
-    recorder = Recorder(small_classifier())
+    recorder, counted = Recorder(small_classifier()), []
     images = saturated_images(6)
-    attack(recorder, images, torch.randint(10, (6,)), eps=0.3, step_size=0.2, steps=15)
-    assert len(recorder.seen) == 16
+    attack(recorder, images, torch.randint(10, (6,)), 0.3, 0.2, steps=15, on_step=lambda: counted.append(1))
+    assert len(recorder.seen) == len(counted) == 16
     for iterate in recorder.seen:
         assert iterate.min() >= 0 and iterate.max() <= 1
         assert (iterate - images).flatten(1).norm(dim=1).max() <= 0.3 + 1e-6
@@ -81,6 +81,14 @@ def test_best_iterate_is_kept():
     best = losses.argmin(0)
     assert (best < 12).any()
     assert torch.equal(attacked, torch.stack(recorder.seen)[best, torch.arange(8)])
+
+
+def test_of_equally_good_iterates_the_first_is_kept():
+    """Where float32 knows no smaller loss than that of the image itself, the image stays as it is."""
+    recorder = Recorder(lambda x: 20 * torch.stack([x.mean((1, 2, 3)), -x.mean((1, 2, 3))], 1))
+    images = torch.full((2, 3, 4, 4), 0.5)
+    assert torch.equal(attack(recorder, images, torch.zeros(2, dtype=int), 0.5, 0.1, 3), images)
+    assert not torch.equal(recorder.seen[-1], images)  # it was led on, though
 
 
 def test_where_the_gradient_is_zero_nothing_moves():

@@ -1,10 +1,15 @@
 """Augmentation: each transformation by its definition."""
 
+import io
+
+import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torchvision.transforms.v2 import functional
 
 import augmentation
+from data import DATASETS, to_float
 from tests.conftest import config_of
 
 
@@ -67,6 +72,15 @@ def test_cutout():
     assert torch.equal(augmentation.cutout(torch.ones(2, 3, 8, 8), holes=0, length=8), torch.ones(2, 3, 8, 8))
 
 
+@pytest.mark.parametrize("length", [4, 5])
+def test_the_centre_of_a_hole_is_any_pixel(length):
+    """As DeVries & Taylor's code has it: two pixels before the centre, and from it on two, an odd length or not."""
+    holes = (augmentation.cutout(torch.ones(500, 3, 9, 9), 1, length) == 0).all(dim=1)
+    expected = {tuple(row for row in range(centre - 2, centre + 2) if 0 <= row < 9) for centre in range(9)}
+    for lines in holes.any(dim=2), holes.any(dim=1):
+        assert {tuple(line.nonzero()[:, 0].tolist()) for line in lines} == expected
+
+
 def test_mixup_and_cutmix(tmp_path):
     """What they do to images, whose pixels are all the number of the image, they do to the targets."""
     images = torch.arange(6.0)[:, None, None, None].expand(6, 3, 8, 8)
@@ -96,6 +110,9 @@ def test_preprocessing(tmp_path):
     ramps[3] //= 2
     errors = [(preprocessed("jpeg_quality", str(q), ramps).float() - ramps).abs().mean((1, 2, 3)) for q in (90, 10)]
     assert (errors[0] < errors[1]).all() and errors[0].max() < 2 < errors[1].min() and errors[1].max() < 20
+    file = io.BytesIO()
+    Image.fromarray(ramps[1].permute(1, 2, 0).numpy()).save(file, "JPEG", quality=10)
+    assert torch.equal(functional.pil_to_tensor(Image.open(file)), preprocessed("jpeg_quality", "10", ramps)[1])
     dot = torch.zeros(1, 3, 15, 15, dtype=torch.uint8)
     dot[..., 7, 7] = 255
     blurred = preprocessed("blur", "1.0", dot)
@@ -117,6 +134,12 @@ def test_normalize_does_what_it_says(tmp_path):
     )
 
 
+def test_the_digits_are_normalized_with_their_own_numbers():
+    images = to_float(DATASETS["digits"].load(None, "train").images)
+    assert (images.mean() - DATASETS["digits"].mean[0]).abs() < 1e-4
+    assert (images.std() - DATASETS["digits"].std[0]).abs() < 1e-4
+
+
 def test_enlarged_images_are_torchvisions(tmp_path):
     images = torch.rand(2, 3, 8, 6)
     assert torch.equal(augmentation.enlarge(images, config_of(tmp_path)), images)
@@ -135,3 +158,5 @@ def test_augment_does_what_the_config_says(tmp_path):
         flips = (alone == plain.flip(-1)).all(dim=(1, 2, 3)).any()
         assert flips == (name == "augmentation.random_horizontal_filp")
         assert (alone == 0).any() == (name != "augmentation.random_horizontal_filp")  # padding, or holes
+    config = config_of(tmp_path, **off | {"augmentation.normalize": "True", "augmentation.cutout": "True"})
+    assert (augmentation.augment(images, config) == 0).any()  # a hole is of the mean colour

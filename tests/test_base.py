@@ -13,7 +13,8 @@ import tables
 import torch
 from torch import nn
 
-from data import Split, to_float
+import utils
+from data import DATASETS, Split, to_float
 from models import base
 from models.base import (
     Batches,
@@ -157,6 +158,22 @@ def test_batches_are_a_pass_over_the_split():
         assert labels.sort().values.tolist() == list(range(7))
         orders.append(labels.tolist())
     assert orders[0] == list(range(7)) and orders[0] != orders[1] != orders[2]
+
+
+def test_robustness_computes_in_no_float16(monkeypatch, capsys):
+    """Which auto means on GPUs that have no bfloat16."""
+    monkeypatch.setattr(utils, "pick_precision", lambda *args: ("float16", "of this GPU"))
+    model = attacker_model("preresnet8", "cifar")
+    args = Namespace(precision="auto", compile="never", batch_size=2, adv_train=0, adv_eval=0)
+    speed_up(model.model, args, torch.device("cpu"), passes=1)
+    assert "in float32 (robustness does not scale the loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dataset", ["cifar", "digits", "folder"])
+def test_a_base_classifier_is_normalized_as_its_data_set(dataset):
+    normalizer, images = attacker_model("preresnet8", dataset).normalizer, torch.rand(2, 3, 4, 4)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in DATASETS[dataset][1:])
+    torch.testing.assert_close(normalizer(images), (images - mean) / std)
 
 
 def test_what_makes_it_fast_leaves_a_network_the_same(compiles):
@@ -329,8 +346,9 @@ def test_mistakes_in_the_base_classifier(place, user_error, tmp_path):
     for more in (["--mixed-precision", 1], ["--constraint", "unconstrained", "--random-start", 1]):
         line = user_error(base.main, *flags, "--exp-name", "new", *more)
         assert "--mixed-precision 1, " in line and "do not work in robustness 1.2.1" in line
-    line = user_error(base.main, *flags, "--exp-name", "new", "--step-lr-gamma", "nan")
-    assert "--step-lr-gamma nan: must be a finite number" in line
+    for flag, value in {"--step-lr-gamma": "nan", "--lr": -0.1, "--weight-decay": -1e-4, "--epochs": 0}.items():
+        line = user_error(base.main, *flags, "--exp-name", "new", flag, value)
+        assert f"{flag} {value}: must be a finite number, and at least" in line
     line = user_error(base.main, *flags, "--exp-name", "new", "--arch", "mobilenet_v2", "--batch-size", 359)
     assert "--batch-size 359: leaves the last of 1437 images" in line
     assert not (place / "new").exists()
@@ -373,6 +391,8 @@ def test_a_base_classifier_is_trained_adversarially(photos, tmp_path, command, m
 def test_a_base_classifier_is_trained_as_its_flags_say(monkeypatch, command, capsys, tmp_path):
     """What would be trained on, the seed, and the defaults of the digits; the training itself is left out."""
     loaders, seeds, passed, batches, new = [], [], [], base.Batches, base.attacker_model
+    passes, speed_up = [], base.speed_up
+    monkeypatch.setattr(base, "speed_up", lambda *args: passes.append(args[-1]) or speed_up(*args))
     monkeypatch.setattr(base, "Batches", lambda *args, **more: loaders.append(batches(*args, **more)) or loaders[-1])
     monkeypatch.setattr(base, "attacker_model", lambda *args: seeds.append(torch.initial_seed()) or new(*args))
     monkeypatch.setattr(base, "report", lambda *args: None)
@@ -381,7 +401,7 @@ def test_a_base_classifier_is_trained_as_its_flags_say(monkeypatch, command, cap
         command(base.main, *base_flags(tmp_path), "--exp-name", augmented, "--data-aug", augmented, "--manual-seed", 9,
                 "--precision", "bfloat16")  # fmt: skip
         assert "in bfloat16 (as asked for)" in capsys.readouterr().out
-    assert seeds == [9, 9]
+    assert seeds == [9, 9] and passes == 2 * [20 * 1437]
     assert [(one.transform, one.shuffle) for one in loaders] == [
         (to_float, False), (base.augment_digits, True), (to_float, False), (to_float, True)
     ]  # fmt: skip

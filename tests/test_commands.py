@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import data
 import lock
 import lockfiles
+import runs
 import train
 from config import KEYS, load_config
 from experiments import __main__ as study
@@ -233,6 +235,13 @@ def test_a_run_without_checkpoints_is_not_started_again(place, work, locked, com
     (folder / "ckpt.pth.tar").unlink()
     command(train.main, *run, "--resume")  # as if it had been stopped while it wrote its first checkpoints
     assert (folder / "result.json").exists()
+
+
+def test_a_result_is_written_last(work, user_error, monkeypatch):
+    """So that a run that has one lacks nothing else."""
+    monkeypatch.setattr(runs, "add_hparams", Mock(side_effect=OSError("the disk is full")))
+    assert "the disk is full" in user_error(train.main, "--work-path", work, "--epochs", 1)
+    assert not (work / "basic" / "seed0" / "result.json").exists()
 
 
 def test_what_a_run_may_be_resumed_with(place, work, command, user_error, capsys, tmp_path):

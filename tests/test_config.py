@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from config import CONFIG, load_config
+from config import CONFIG, FREE_ON_RESUME, load_config
 from data import SPLITS
 from tests.conftest import MINIMAL, ROOT, config_of
-from utils import UserError, flatten
+from utils import UserError, flatten, nest
 
 CONFIGS = sorted((ROOT / "experiments").glob("*/*/config.yaml"))
 
@@ -79,6 +79,18 @@ def test_a_config_in_any_unicode(tmp_path, encoding):
     assert load_config(tmp_path / "config.yaml", {}).orig_data_path == "./Bildér"
 
 
+def test_a_tree_and_its_flat_form():
+    tree = {"a": {"b": {"c": 1}, "d": [2]}, "e": "f"}
+    assert flatten(tree) == {"a.b.c": 1, "a.d": [2], "e": "f"}
+    assert nest(flatten(tree)) == tree
+
+
+def test_the_keys_that_may_change_when_a_run_is_resumed():
+    """Those that say where files are, how often it is evaluated, and on what it computes."""
+    files = {key for key in CONFIG if key.startswith("locked_")} | {"orig_data_path", "ckpt_path", "ckpt_name"}
+    assert FREE_ON_RESUME == files | {"eval_freq", "test_batch", "use_gpu", "compile", "workers", "input_size"}
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.parent.name for path in CONFIGS])
 def test_shipped_configs(path):
     config = load_config(path, {})
@@ -146,6 +158,7 @@ def test_mistakes_in_a_config(tmp_path, text, message):
         ({"epochs": "0"}, "--epochs is 0"),
         ({"epochs": "2024-02-30"}, "--epochs: expected a whole number, found '2024-02-30'"),
         ({"optimize.momentum": "0"}, "nesterov needs a momentum"),
+        ({"optimize.momentum": "1.1"}, "optimize.momentum is 1.1"),
         ({"optimize.weight_decay": "-1"}, "optimize.weight_decay is -1.0"),
         ({"lr_scheduler.base_lr": "nan"}, "lr_scheduler.base_lr is nan"),
         ({"augmentation.length": "-5"}, "augmentation.length is -5"),

@@ -87,6 +87,7 @@ def test_a_folder_is_read_by_name_a_class_after_the_other(folder, monkeypatch):
     train_split = data.load_folder(folder, "train")
     assert train_split.classes == ["cat", "dog"] and train_split.labels.tolist() == [0, 1, 0]
     assert train_split.names == ["cat/a.png", "dog/c.png", "cat/b.png"]
+    assert [len(part) for part in train_split.first(2)] == [2, 2, 2, 2]  # of two classes
     pixels = torch.from_numpy(COLOURS).permute(2, 0, 1)
     assert train_split.images.shape == (3, 3, 9, 12)
     few = torch.from_numpy(np.array(palette.convert("RGB"))).permute(2, 0, 1)
@@ -110,6 +111,10 @@ def test_a_jpeg_is_turned_upright(folder):
         (lambda f: write(f, "test/cow/f.png"), "train: lacks the classes cow, which .*test has"),
         (lambda f: write(f, "test/cat/f.png", Image.new("RGB", (12, 10))), "f.png: is 12x10 pixels, but .* is 12x9"),
         (lambda f: write(f, "test/cat/f.gif"), "f.gif: is neither PNG nor JPEG"),
+        (lambda f: write(f, "test/cat/f.png", format="GIF"), "f.png: cannot be read as PNG or JPEG"),
+        (lambda f: write(f, "train/cat/a.PNG", Image.new("RGB", (12, 7))), "a.PNG: 12x7 pixels are too few"),
+        (lambda f: write(f, "test/cat/f\\g.png"), "f.*g.png' cannot be the name of an image"),
+        (lambda f: write(f, "test/cat/f\n.png"), "f.n.png' cannot be the name of an image"),
         (lambda f: write(f, "test/cat/f.png", Image.new("I;16", (12, 9))), "f.png: its pixels are I;16"),
         (lambda f: write(f, "test/cat/f.jpg", Image.new("CMYK", (12, 9))), "f.jpg: its pixels are CMYK; convert it to"),
         (lambda f: write(f, "test/cat/f.png", Image.new("RGBA", (12, 9))), "f.png: parts of it are transparent"),

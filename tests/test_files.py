@@ -56,7 +56,7 @@ def test_the_originals_list_of_float_batches(pair):
     images, labels, _ = load_locked(*pair([floats[:2], floats[2:4], floats[4:]], list(LABELS.split(2))))
     assert images.dtype == torch.uint8 and torch.equal(images, IMAGES)
     assert torch.equal(labels, LABELS)
-    white, labels, _ = load_locked(*pair([torch.ones(5, 3, 4, 4)], [LABELS.int()]))
+    white, labels, _ = load_locked(*pair([torch.ones(5, 3, 4, 4) + 1e-4], [LABELS.int()]))
     assert (white == 255).all() and labels.dtype == torch.int64
 
 
@@ -204,6 +204,11 @@ def test_a_pipe_that_is_broken_is_no_file(tmp_path):
     with pytest.raises(BrokenPipeError) as caught, utils.naming(tmp_path):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
     assert caught.value.filename is None
+
+
+def test_an_error_that_names_its_file_keeps_that_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match="No such file or directory: '/other'"), utils.naming(tmp_path):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/other")
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")

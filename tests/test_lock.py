@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+import re
 from functools import partial
 from pathlib import Path
 
@@ -52,13 +53,14 @@ def test_target_maps_of_fewer_classes_follow_the_papers(classes):
     assert target_maps(10, seed=0) == {name: list(paper) for name, paper in TARGET_MAPS.items()}
 
 
-def test_target_maps_of_more_classes_are_derangements_drawn_from_the_seed():
-    maps = target_maps(17, seed=5)
+@pytest.mark.parametrize("classes", [11, 17])
+def test_target_maps_of_more_classes_are_derangements_drawn_from_the_seed(classes):
+    maps = target_maps(classes, seed=5)
     for target_map in maps.values():
-        assert sorted(target_map) == list(range(17))
+        assert sorted(target_map) == list(range(classes))
         assert all(target != label for label, target in enumerate(target_map))
     assert len({tuple(target_map) for target_map in maps.values()}) == 4
-    assert target_maps(17, seed=5) == maps != target_maps(17, seed=6)
+    assert target_maps(classes, seed=5) == maps != target_maps(classes, seed=6)
 
 
 def test_combine_equals_slicing_by_hand():
@@ -82,6 +84,7 @@ def test_combine_equals_slicing_by_hand():
         ("horiz", 0.125, 0.5, "12.5_horiz", {"alpha": 0.125}),
         ("mixandcat", 0.5, 0.5, "mixandcat", {}),
         ("mixandcat", 0.3, 0.5, "30_50_mixandcat", {"alpha": 0.3, "lambd": 0.5}),
+        ("mixandcat", 0.5, 0.3, "50_30_mixandcat", {"alpha": 0.5, "lambd": 0.3}),
     ],
 )
 def test_suffix(method, alpha, lambd, suffix, parameters):
@@ -151,11 +154,12 @@ def test_targets_come_from_labels_on_train_and_from_predictions_on_test(monkeypa
         assert measured["base"].sum() == 0
 
 
-def test_a_batch_is_attacked_combined_and_rounded_as_its_flags_say(tmp_path):
+def test_a_batch_is_attacked_combined_and_rounded_as_its_flags_say(tmp_path, capsys):
     classifier, images = small_classifier(), torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
     labels = torch.arange(5)
     flags = {"eps": 0.8, "attack_lr": 0.3, "attack_steps": 4, "alpha": 0.25, "lambd": 0.7, "batch_size": 5}
     locked, measured = lock_by("mixandcat", tmp_path, classifier, images, labels, "train", **flags)
+    assert re.search(r"100%\|[^%]*$", capsys.readouterr().err)  # where the progress ends
     attacked = {
         name: lock.attack(classifier, to_float(images), torch.tensor(target_map)[labels], 0.8, 0.3, 4)
         for name, target_map in TARGET_MAPS.items()
@@ -185,7 +189,9 @@ def test_report():
         "WEAK: many attacks miss their target: raise --eps and --attack-lr, or --attack-steps"
     )
     nine_of_ten = {name: torch.tensor([0.0] + [1.0] * 9) for name in measured}
-    assert not list(lock.weaknesses(shards.summarize({**nine_of_ten, "to_true": torch.zeros(10)}, "basic")))
+    for to_true, weak in {2: False, 3: True}.items():
+        tried = {**nine_of_ten, "to_true": torch.arange(10.0) < to_true}
+        assert bool(list(lock.weaknesses(shards.summarize(tried, "basic")))) == weak
     strong = {**measured, "T1": torch.ones(4)}
     assert not list(lock.weaknesses(shards.summarize(strong, "basic")))
     blind = {**strong, "base": torch.tensor([1.0, 0, 0, 0])}
@@ -307,10 +313,14 @@ def test_alpha_is_rounded_down():
 
 
 class Constant(nn.Module):
-    """Sees class 3 in every image."""
+    """Sees one class in every image."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
 
     def forward(self, images):
-        return F.one_hot(torch.full((len(images),), 3), 10).float()
+        return F.one_hot(torch.full((len(images),), self.seen), 10) + 0 * images.sum()
 
 
 def measured_of(classifier, folded):
@@ -322,7 +332,7 @@ def measured_of(classifier, folded):
 
 
 def test_the_classifier_and_not_the_folded_one_predicts_and_measures():
-    measured = measured_of(Constant(), small_classifier())
+    measured = measured_of(Constant(3), Constant(TARGET_MAPS["T1"][3]))
     true = F.one_hot(torch.tensor(3), 10).float()
     assert torch.equal(measured["base"], true) and torch.equal(measured["to_true"], true)
     assert not measured["T1"].any() and not measured["to_target"].any()
@@ -332,7 +342,7 @@ def test_a_folded_classifier_that_gives_nan_is_not_attacked(tmp_path):
     folded = small_classifier()
     folded[7].bias.data[0] = torch.nan  # one logit of ten
     with pytest.raises(UserError, match="the base classifier gives NaN or infinity"):
-        measured_of(Constant(), folded)
+        measured_of(Constant(3), folded)
     images, labels = torch.zeros(4, 3, 16, 16, dtype=torch.uint8), torch.zeros(4, dtype=int)
     with pytest.raises(UserError, match="the base classifier gives NaN or infinity"):  # which ends the lock
         flags = {"attack_steps": 1, "batch_size": 2, "precision": "float32"}

@@ -4,8 +4,9 @@ import errno
 import json
 import os
 import re
+import shutil
 import time
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -43,12 +44,13 @@ def test_the_manifest_tells_what_a_lock_is(place):
     assert list(manifest["files"]) == names
     for name in names:
         assert manifest["files"][name]["sha256"] == lockfiles.sha256((place / name).read_bytes())
-    assert manifest["files"][names[0]]["shape"] == [96, 3, 32, 32]
+    assert (manifest["files"][names[0]]["shape"], manifest["files"][names[0]]["dtype"]) == ([96, 3, 32, 32], "uint8")
     (made_with,) = manifest["made_with"]
     assert made_with["torch"] == torch.__version__ and made_with["device"].startswith("CPU")
     assert {"threads", "python", "torchvision", "numpy", "pillow"} < made_with.keys()
     assert str(place) not in (place / "lock_50_horiz.json").read_text()  # nor any other path
-    assert manifest["commit"] == "0" * 40 and {"date", "sealed_with"} < manifest.keys()
+    assert manifest["commit"] == "0" * 40 and "sealed_with" in manifest
+    assert datetime.fromisoformat(manifest["date"]).utcoffset() == timedelta(0)
 
 
 def test_cifar_is_cifar10_and_the_seed_is_that_of_the_target_maps(place, command, monkeypatch, tmp_path):
@@ -58,6 +60,7 @@ def test_cifar_is_cifar10_and_the_seed_is_that_of_the_target_maps(place, command
     flags = [*lock_flags(place, tmp_path), "--dataset", "cifar", "--orig-data", tmp_path / "cifar10"]
     command(lock.main, *flags, "--subset", 4, "--manual-seed", 5)
     assert drawn == [(10, 5)] and manifest_of(tmp_path)["settings"]["dataset"] == "cifar10"
+    assert str(tmp_path) not in (tmp_path / "lock_basic.json").read_text()  # the path of the originals
 
 
 def test_a_tensors_hash_tells_order_values_shape_and_type_apart():
@@ -95,6 +98,9 @@ def test_files_that_do_not_belong_together(place, work, user_error, monkeypatch)
 
     line = refusal(train_image="train_image_basic", train_label="test_label_basic")
     assert "test_label_basic: not the labels that were locked with" in line
+    shutil.copy(place / "train_label_basic", work / "labels")  # which are taken, and only the test set is refused
+    line = refusal(train_label=work / "labels", test_label="train_label_basic")
+    assert "train_label_basic: not the labels that were locked with" in line and "test_image_basic" in line
     line = refusal(test_image="test_image_50_horiz", test_label="test_label_50_horiz")
     assert "test_image_50_horiz: another lock than that of" in line
     line = refusal(test_image="train_image_basic", test_label="train_label_basic")
@@ -240,11 +246,14 @@ def test_png_files_hold_what_the_tensors_hold(place, work, locked, command, monk
             assert line[:66] == lockfiles.sha256((paths.tree / line[66:]).read_bytes()) + "  "
     as_folder = data.load_folder(paths.tree, "test")  # in the order of its classes
     assert sorted(map(lockfiles.hash_tensor, as_folder.images)) == sorted(map(lockfiles.hash_tensor, images))
-    changed = next((paths.tree / "test" / "3").iterdir())
-    content = changed.read_bytes()
-    changed.write_bytes(content[:-1])
-    assert "not as they were locked: 1, see above" in user_error(lock.main, "--verify", locked)
-    changed.write_bytes(content)
+    contents = {path: path.read_bytes() for path in (paths.tree / "test" / "3").iterdir()}
+    assert len(contents) > 2
+    for path, content in contents.items():
+        path.write_bytes(content[:-1])
+    line = user_error(lock.main, "--verify", locked)
+    assert f"not as they were locked: {len(contents)}, see above" in line
+    for path, content in contents.items():
+        path.write_bytes(content)
 
     monkeypatch.undo()
     alone = ["--lock-data", tmp_path / "alone"]

@@ -1,11 +1,13 @@
 """Sealed originals: only the right key and unchanged files give them back, bit for bit."""
 
+import errno
 import json
 import os
 import shutil
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -117,12 +119,20 @@ def test_a_key_file_is_private_and_never_replaced(tmp_path):
     key = sealing.make_key(path)
     assert path.stat().st_mode & 0o777 == 0o600 and len(key) == 32
     assert sealing.make_key(path) == sealing.read_key(path) == key != sealing.make_key(tmp_path / "other")
-    assert sealing.fingerprint(key) not in key.hex()
+    fingerprints = {sealing.fingerprint(flip_bit(key, position)) for position in range(32)}
+    assert len(fingerprints | {sealing.fingerprint(key)}) == 33 and sealing.fingerprint(key) not in key.hex()
     for content in (b"", b"abc", b"\xff\xfe", key.hex().encode()[:-2], key.hex().encode() + b"00"):
         path.write_bytes(content)
         with pytest.raises(UserError, match="key: not a key file: expected 64 hexadecimal digits"):
             sealing.make_key(path)
         assert path.read_bytes() == content
+
+
+def test_a_key_that_cannot_be_written_is_not_left_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/key'"):
+        sealing.make_key(tmp_path / "key")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_key_that_another_process_makes_meanwhile_is_the_one_used(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 import runs
 import train
+import utils
 from augmentation import as_inputs
 from config import CONFIG
 from tests.conftest import config_of, learner_of, new_learner, two_tones
@@ -282,6 +284,19 @@ def test_evaluation_leaves_the_model_as_it_is():
     images, labels = torch.randint(256, (6, 3, 4, 4), dtype=torch.uint8), torch.zeros(6, dtype=int)
     train.evaluate(model, images, labels, float32_config())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("count, batch_size, alone", [(5, 2, True), (5, 1, True), (6, 5, True), (6, 2, False)])
+def test_an_image_that_would_be_a_batch_of_its_own_is_told(count, batch_size, alone):
+    """Before training, of which nothing is left in the model."""
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(48))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UserError, match=f"batch_size {batch_size}: leaves the last of") if alone else nullcontext():
+        utils.check_last_batch(model, torch.rand(1, 3, 4, 4), count, batch_size, "batch_size")
+    convolution = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))  # which takes one image, of several pixels
+    utils.check_last_batch(convolution, torch.rand(1, 3, 4, 4), count, batch_size, "batch_size")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not convolution[1].num_batches_tracked
 
 
 def test_a_result_is_that_of_a_finished_run_only_with_its_epochs_data_and_config(tmp_path):
