@@ -169,6 +169,15 @@ def test_robustness_computes_in_no_float16(monkeypatch, capsys):
     assert "in float32 (robustness does not scale the loss" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("adversarial", ["adv_train", "adv_eval"])
+def test_what_takes_adversarial_examples_is_not_compiled(adversarial, compiles):
+    model, flags = attacker_model("preresnet8", "cifar"), {"adv_train": 0, "adv_eval": 0, adversarial: 1}
+    args = Namespace(precision="float32", compile="always", batch_size=2, **flags)
+    speed_up(model.model, args, torch.device("cpu"), passes=10**9)
+    model(torch.rand(2, 3, 32, 32))
+    assert not compiles
+
+
 @pytest.mark.parametrize("dataset", ["cifar", "digits", "folder"])
 def test_a_base_classifier_is_normalized_as_its_data_set(dataset):
     normalizer, images = attacker_model("preresnet8", dataset).normalizer, torch.rand(2, 3, 4, 4)
@@ -343,7 +352,9 @@ def test_mistakes_in_the_base_classifier(place, user_error, tmp_path):
         assert f"--custom-eps-multiplier {text}: expected [(epoch, factor), ...]" in line
     evaluated = ["--dataset", "digits", "--arch", "preresnet8", "--eval-only", 1]
     assert "--out-dir is required" in user_error(base.main, *evaluated, "--resume", tmp_path / "weights")
-    for more in (["--mixed-precision", 1], ["--constraint", "unconstrained", "--random-start", 1]):
+    assert "unrecognized arguments: --config-path" in user_error(base.main, *flags, "--config-path", "x")
+    broken = [["--constraint", "unconstrained", "--random-start", 1], ["--constraint", "fourier"]]
+    for more in (["--mixed-precision", 1], ["--random-restarts", 1], *broken):
         line = user_error(base.main, *flags, "--exp-name", "new", *more)
         assert "--mixed-precision 1, " in line and "do not work in robustness 1.2.1" in line
     for flag, value in {"--step-lr-gamma": "nan", "--lr": -0.1, "--weight-decay": -1e-4, "--epochs": 0}.items():
@@ -408,6 +419,7 @@ def test_a_base_classifier_is_trained_as_its_flags_say(monkeypatch, command, cap
     for args, _, (train_batches, test_batches) in passed:
         assert train_batches.shuffle and (len(train_batches.labels), len(test_batches.labels)) == (1437, 360)
         assert (args.epochs, args.batch_size, args.weight_decay, args.step_lr) == (20, 64, 5e-4, 8)
+        assert args.log_iters == 5  # a checkpoint after epochs 1, 6, 11, ...
 
 
 def test_what_a_base_classifier_is_resumed_with(place, command, monkeypatch, tmp_path):

@@ -192,6 +192,8 @@ def test_report():
     for to_true, weak in {2: False, 3: True}.items():
         tried = {**nine_of_ten, "to_true": torch.arange(10.0) < to_true}
         assert bool(list(lock.weaknesses(shards.summarize(tried, "basic")))) == weak
+    eight_of_ten = {**nine_of_ten, "to_true": torch.zeros(10), "T1": torch.arange(10.0) < 8}
+    assert "miss their target" in " ".join(lock.weaknesses(shards.summarize(eight_of_ten, "basic")))
     strong = {**measured, "T1": torch.ones(4)}
     assert not list(lock.weaknesses(shards.summarize(strong, "basic")))
     blind = {**strong, "base": torch.tensor([1.0, 0, 0, 0])}
@@ -287,6 +289,16 @@ def test_the_precision_on_a_cpu(features, unit, monkeypatch):
     assert [picked("vgg11", name) for name in utils.PRECISIONS] == list(utils.PRECISIONS)
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert picked("vgg11") == "float32"
+
+
+@pytest.mark.parametrize(
+    "capability, picked",
+    [((9, 0), "bfloat16"), ((8, 0), "bfloat16"), ((7, 5), "float16"), ((7, 0), "float16"), ((6, 1), "float32")],
+)
+def test_the_precision_on_a_gpu(capability, picked, monkeypatch):
+    """In what its tensor cores multiply: they are of Volta and later, those for bfloat16 of Ampere and later."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert utils.pick_precision("auto", torch.device("cuda", 0), MODELS["vit"]())[0] == picked
 
 
 @pytest.mark.parametrize(

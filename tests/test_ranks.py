@@ -5,6 +5,8 @@ import socket
 import subprocess
 import sys
 
+import torch
+
 import data
 import lock
 import utils
@@ -98,6 +100,18 @@ def test_what_one_process_cannot_do_costs_no_batch_of_another(place, tmp_path):
     assert codes == [2, 2] and "ranks.py" not in said  # as in a traceback of the first process
     assert said.count("the memory is full; take smaller batches") == 1
     assert [path.name for path in (tmp_path / "locked" / ".lock_basic").glob("t*")] == ["train_00000000"]
+
+
+def test_more_processes_than_gpus_share_them(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    for rank in range(5):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert utils.pick_device() == (chosen[-1], "a GPU")
+    assert [device.index for device in chosen] == [0, 1, 0, 1, 0]
 
 
 def test_one_process_verifies(place, tmp_path):

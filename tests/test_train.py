@@ -31,6 +31,8 @@ def test_schedules(tmp_path):
         return [train.learning_rate(config, epoch) for epoch in at]
 
     assert rates("STEP", 250, 0, 99, 100, 149, 150, 200, 249) == pytest.approx([0.1, 0.1, 0.01, 0.01, 1e-3, 1e-4, 1e-4])
+    halved = config_of(tmp_path, **{"lr_scheduler.lr_mults": "0.5", "lr_scheduler.lr_epochs": "[3, 5]"})
+    assert [train.learning_rate(halved, epoch) for epoch in (2, 3, 5)] == pytest.approx([0.1, 0.05, 0.025])
     assert rates("COSINE", 100, 0, 50, 100) == pytest.approx([0.1, 0.05, 0])
     assert rates("COSINE", 40, 10) == pytest.approx([0.05 * (1 + math.sqrt(0.5))])
     assert rates("HTD", 90, 0, 60, 90) == pytest.approx([0.1, 0.05, 0.05 * (1 - math.tanh(3))], rel=1e-4)
