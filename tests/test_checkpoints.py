@@ -116,6 +116,16 @@ def test_a_run_that_comes_from_a_cpu_draws_anew_on_a_gpu(monkeypatch, tmp_path):
     assert seeds == [8]
 
 
+def test_the_learning_rate_and_momentum_are_the_configs(tmp_path):
+    config = config_of(tmp_path, architecture="preresnet8")
+    learner = new_learner(config)
+    lr, state = learner.optimizer.param_groups[0]["lr"], checkpoints.snapshot(learner, 1, [], config, "")
+    state["optimizer"]["param_groups"][0].update(lr=7.0, momentum=0.1)
+    checkpoints.restore(state, learner, config, "")
+    (group,) = learner.optimizer.param_groups
+    assert torch.equal(group["lr"], lr) and group["momentum"] == 0.9
+
+
 def test_a_run_that_is_older_than_a_key_goes_on(tmp_path):
     config, learner = config_of(tmp_path), learner_of(nn.Linear(1, 1), lr=0)
     state = checkpoints.snapshot(learner, 1, [], config, "")

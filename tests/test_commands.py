@@ -172,6 +172,7 @@ def test_what_is_trained_on_and_tested_with(place, work, command, monkeypatch):
     assert torch.equal(control["train"][0], originals.images) and torch.equal(control["train"][1], originals.labels)
     assert torch.equal(plain["train"][0], torch.cat(torch.load(place / "train_image_basic"))) and same == manifest
     assert list(plain) == list(bits) == ["train", "locked", "original"]
+    assert torch.equal(plain["original"][0], data.load_digits(None, "test").images)  # all of them, of what lock ever
     for name, (images, labels) in plain.items():
         assert torch.equal(bits[name][0], images // 128 * 128) and torch.equal(bits[name][1], labels)
         if name != "train":
@@ -405,10 +406,10 @@ def test_what_a_run_draws_from_and_whether_it_is_compiled(work, command, monkeyp
     seeds, asked, make_model = [], [], train.make_model
     monkeypatch.setattr(train.utils, "pick_compile", lambda name, *rest: asked.append(rest) or "never")
     monkeypatch.setattr(train, "make_model", lambda *args: seeds.append(torch.initial_seed()) or make_model(*args))
-    command(train.main, "--work-path", work, "--epochs", 1, "--seed", 77)
+    command(train.main, "--work-path", work, "--epochs", 2, "--seed", 77)
     attacked = ["--adversarial.eps", 0.5, "--adversarial.attack_steps", 2]
     command(train.main, "--work-path", work, "--epochs", 1, "--seed", 78, *attacked)
-    assert seeds == [77, 78] and asked == [(False, 96), (False, 96 * 4)]
+    assert seeds == [77, 78] and asked == [(False, 2 * 96), (False, 96 * 4)]
 
 
 def test_mistakes_in_names_and_labels(place, work, user_error, tmp_path, locked):

@@ -221,6 +221,9 @@ def test_measurements():
     assert measured["psnr"][0].isinf()
     torch.testing.assert_close(measured["psnr"][1], 10 * torch.log10(torch.tensor(768 / 0.04)))
     assert measured["ssim"][0] == 1 and measured["ssim"][1] < 1
+    dark, light = (torch.full((1, 3, 16, 16), grey, dtype=torch.uint8) for grey in (51, 204))  # 0.2 and 0.8
+    (ssim,) = lock.measure(classifier, dark, light, predictions[:1], targets[:, :1])["ssim"]
+    assert ssim.item() == pytest.approx((2 * 0.2 * 0.8 + 1e-4) / (0.2**2 + 0.8**2 + 1e-4), rel=1e-4)
 
 
 @pytest.mark.skipif("CIFAR10_ROOT" not in os.environ, reason="CIFAR10_ROOT names no folder with CIFAR-10")

@@ -4,12 +4,15 @@ import os
 import socket
 import subprocess
 import sys
+from unittest.mock import Mock
 
+import pytest
 import torch
 
 import data
 import lock
 import utils
+from ranks import Ranks
 from tests.conftest import ROOT, lock_flags
 from tests.processes import finish, start, wait
 
@@ -100,6 +103,20 @@ def test_what_one_process_cannot_do_costs_no_batch_of_another(place, tmp_path):
     assert codes == [2, 2] and "ranks.py" not in said  # as in a traceback of the first process
     assert said.count("the memory is full; take smaller batches") == 1
     assert [path.name for path in (tmp_path / "locked" / ".lock_basic").glob("t*")] == ["train_00000000"]
+
+
+def test_what_ends_one_process_is_told_by_one_and_awaited_by_the_others(monkeypatch, capsys):
+    awaited, one = [], object.__new__(Ranks)  # of two that have found each other
+    one.rank, one.world_size = 1, 2
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: awaited.append(1))
+    with pytest.raises(SystemExit):
+        one.abort_if("an error")
+    assert awaited and "an error" not in capsys.readouterr().err
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit):
+            utils.run_command(Mock(side_effect=KeyboardInterrupt))
+        assert capsys.readouterr().err.startswith("interrupted: ") == (rank == "0")
 
 
 def test_more_processes_than_gpus_share_them(monkeypatch):

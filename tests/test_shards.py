@@ -89,7 +89,7 @@ def test_methods_that_replace_older_locks_are_attacked_once(place, command, monk
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(shards, "finish", stop_before_mixup)
         command(lock.main, *flags)
-    monkeypatch.setattr(lock, "attack", None)
+    forbid_attacks(monkeypatch)
     command(lock.main, *flags)
     manifests = [lockfiles.read_manifest(lockfiles.Paths(tmp_path, suffix)) for suffix in ("basic", "50_mixup")]
     assert [manifest["settings"]["eps"] for manifest in manifests] == [0.7, 0.7]
