@@ -172,7 +172,7 @@ def test_what_is_trained_on_and_tested_with(place, work, command, monkeypatch):
     assert torch.equal(control["train"][0], originals.images) and torch.equal(control["train"][1], originals.labels)
     assert torch.equal(plain["train"][0], torch.cat(torch.load(place / "train_image_basic"))) and same == manifest
     assert list(plain) == list(bits) == ["train", "locked", "original"]
-    assert torch.equal(plain["original"][0], data.load_digits(None, "test").images)  # all of them, of what lock ever
+    assert torch.equal(plain["original"][0], data.load_digits(None, "test").images)  # all, though the lock is of 96
     for name, (images, labels) in plain.items():
         assert torch.equal(bits[name][0], images // 128 * 128) and torch.equal(bits[name][1], labels)
         if name != "train":

@@ -123,6 +123,8 @@ def test_overrides(tmp_path):
         (MINIMAL[:-1] + ", epochs: many}", "config.yaml: epochs: expected a whole number, found 'many'"),
         (MINIMAL[:-1] + ", epochs: True}", "epochs: expected a whole number, found True"),
         (MINIMAL[:-1] + ", mixup: 1}", "mixup: expected True or False, found 1"),
+        (MINIMAL[:-1] + ", lr_scheduler: {base_lr: .nan}}", "lr_scheduler.base_lr is nan"),
+        (MINIMAL[:-1] + f", lr_scheduler: {{base_lr: {10**401}}}}}", "lr_scheduler.base_lr: expected a number"),
         (MINIMAL[:-1] + ", optimize: 3}", "optimize: expected keys below it, like momentum"),
         (MINIMAL[:-1] + ", lr_scheduler: {lr_epochs: [1, b]}}", "lr_scheduler.lr_epochs: expected a list of epochs"),
         ("{dataset: cifar10, orig_data_path: ./data}", "config.yaml: the key 'architecture' is missing"),
