@@ -203,11 +203,11 @@ def convert(value, kind, where):
 def check_values(config, where):
     """Raise UserError where a value of the config is not one that it can have; where says, by key, how to name it."""
     for name, value in flatten(config).items():
-        _, _, low, high, choices = KEYS[name]
-        if choices:
-            check_known(value, choices, where[name])
-        elif isinstance(value, (int, float)) and not low <= value <= high:  # nor NaN
-            raise UserError(f"{where[name]} is {value}; it must lie between {low} and {high}")
+        key = KEYS[name]
+        if key.choices:
+            check_known(value, key.choices, where[name])
+        elif isinstance(value, (int, float)) and not key.low <= value <= key.high:  # nor NaN
+            raise UserError(f"{where[name]} is {value}; it must lie between {key.low} and {key.high}")
     if config.adversarial.eps > 0 and config.augmentation.normalize:
         raise UserError(f"{where['adversarial.eps']} is in pixels of [0, 1]; set augmentation.normalize to False")
     if config.mixup and config.cutmix:

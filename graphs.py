@@ -1,6 +1,7 @@
 """Models and training steps as graphs, so that a GPU need not wait for Python: torch.compile, and CUDA graphs."""
 
 import gc
+from contextlib import contextmanager
 
 import torch
 from torch._functorch import config as functorch_config
@@ -38,6 +39,19 @@ class Compiled:
                 self.say(f"torch.compile failed ({reason}): going on without")
                 self.failed = True
         return self.function(images, *args, **kwargs)
+
+
+@contextmanager
+def no_garbage():
+    """Collect garbage now, and none meanwhile: a graph or kernel that is freed during a recording ends it."""
+    enabled = gc.isenabled()
+    gc.collect()  # torch no longer does it
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Captured:
@@ -81,10 +95,9 @@ class Captured:
 
     def record(self):
         """Record the function's kernels without running them; raises UserError where that cannot be."""
-        gc.collect()  # a graph or kernel that is freed during a recording ends it; torch no longer sees to that
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self.stream):
+            with no_garbage(), torch.cuda.graph(graph, stream=self.stream):
                 self.outputs = self.function(*self.inputs)
         except RuntimeError as error:
             cause = error.__context__ or error  # the error at the end of a recording hides the one that ended it

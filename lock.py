@@ -296,8 +296,8 @@ def find_sealed(args, key):
     """The Paths and the manifest of the lock to unlock: of those named, if any, that the key has sealed, the one of the
     most images."""
     locks, named = lockfiles.locks_in(args.lock_data), suffixes_of(args).values()
-    found = [paths for paths in locks if not named or paths.suffix in named]
-    sealed = {paths: manifest for paths in found if (manifest := lockfiles.read_manifest(paths))["sealed_with"]}
+    manifests = {paths: lockfiles.read_manifest(paths) for paths in locks if not named or paths.suffix in named}
+    sealed = {paths: manifest for paths, manifest in manifests.items() if manifest["sealed_with"]}
     if not sealed:
         remedy = "lock with --key-out"
         if named and locks:
@@ -336,7 +336,9 @@ def write_originals(out, originals, formats):
     staging = out / ".unlocking"
     with utils.exclusive(out):
         if any(not path.name.startswith(".") for path in out.iterdir()):  # .lock, or what macOS leaves behind
-            raise UserError(f"--orig-data {out}: holds files already; name a folder that is empty or not there yet")
+            whose = " (some are of an interrupted --unlock)" if staging.exists() else ""
+            remedy = "name a folder that is empty or not there yet"
+            raise UserError(f"--orig-data {out}: holds files already{whose}; {remedy}")
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         for split, original in originals.items():

@@ -156,12 +156,15 @@ def find_invalid(value, schema, where="it"):
     return next((invalid for invalid in found if invalid), None)
 
 
+REMEDY = "get it again from a copy, or lock again with --overwrite"  # for a file of a lock that is not as it was
+
+
 def read_json(path):
     """The dict that a JSON file holds; raises UserError where it is damaged."""
     try:
         return dict(json.loads(path.read_text()))
     except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON, or damaged ({first_line(error)}); lock again with --overwrite") from error
+        raise UserError(f"{path}: not JSON, or damaged ({first_line(error)}); {REMEDY}") from error
 
 
 def read_manifest(paths):
@@ -180,7 +183,7 @@ def read_manifest(paths):
             invalid = "sealed_with"
     if invalid:
         wrong = f"not a manifest of lock.py: {invalid} is not as it should be"
-        raise UserError(f"{paths.manifest}: {wrong}; lock again with --overwrite")
+        raise UserError(f"{paths.manifest}: {wrong}; {REMEDY}")
     return manifest
 
 

@@ -25,7 +25,7 @@ CHUNK_BYTES = 2**30  # AESGCM takes less than 2**31 bytes at once
 def read_key(path):
     """The key in a file of 64 hexadecimal digits; raises UserError where there is none."""
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; name the key that --key-out wrote")
+        raise UserError(f"{path}: no such file, or a folder; name the key that --key-out wrote")
     try:
         key = bytes.fromhex(Path(path).read_text())
     except ValueError:  # also for a file that is no text
@@ -47,7 +47,7 @@ def make_key(path):
             file.write(AESGCM.generate_key(8 * KEY_BYTES).hex().encode() + b"\n")
             file.flush()
             os.fsync(descriptor)
-    except OSError:
+    except BaseException:  # Ctrl-C too: what it leaves would be no key
         os.unlink(path)
         raise
     return read_key(path)

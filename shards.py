@@ -75,7 +75,7 @@ def earlier_choices(locks, settings, args):
     for method, paths in locks.items():
         manifest = None if args.overwrite else lockfiles.read_manifest(paths)
         before = manifest["settings"] if manifest else begun_with(paths, args.overwrite)
-        if before and (not args.overwrite or before | settings[method] | given == before):
+        if before and (not args.overwrite or before.items() >= (settings[method] | given).items()):
             return {name: before[name] for name, known in CHOICES.items() if known(before.get(name))}
     return {}
 
@@ -104,14 +104,11 @@ def find_finished(paths, settings, overwrite):
 def check_finished(paths, manifest, key_out):
     """Raise UserError where a file of a finished lock has changed, or where its seal is of another key."""
     for error in lockfiles.check_files(paths, manifest):
-        raise UserError(f"{error}; get it again from a copy, or lock again with --overwrite")
+        raise UserError(f"{error}; {lockfiles.REMEDY}")
     sealed_with = manifest["sealed_with"]
-    if (
-        key_out
-        and sealed_with
-        and not (Path(key_out).exists() and sealing.fingerprint(sealing.read_key(key_out)) == sealed_with)
-    ):
-        raise UserError(f"--key-out {key_out}: {paths.manifest} is sealed with another key; name that one")
+    if key_out and sealed_with:
+        if not Path(key_out).exists() or sealing.fingerprint(sealing.read_key(key_out)) != sealed_with:
+            raise UserError(f"--key-out {key_out}: {paths.manifest} is sealed with another key; name that one")
 
 
 def check_places(locks, args):
@@ -284,25 +281,23 @@ def stage(paths, splits, locked, formats, key):
     Returns what a manifest says of them, by name.
     """
     files, staged = {}, Paths(paths.staging, paths.suffix)
+
+    def put(path, content, **described):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, content)
+        files[staged.name(path)] = {"sha256": sha256(content), **described}
+
     for split, original in splits.items():
-        made = {}
         if "tensor" in formats:
             for kind, tensor in {"image": locked[split], "label": original.labels}.items():
-                described = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
-                made[staged.file(split, kind)] = lockfiles.to_bytes(tensor), described
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                put(staged.file(split, kind), lockfiles.to_bytes(tensor), dtype=dtype, shape=list(tensor.shape))
         if key:
-            made[staged.file(split, "sealed")] = (
-                sealing.seal(original, locked[split], key, f"{paths.suffix} {split}"),
-                {},
-            )
+            put(staged.file(split, "sealed"), sealing.seal(original, locked[split], key, f"{paths.suffix} {split}"))
         if "png" in formats:
             sums = lockfiles.write_tree(staged.tree / split, original._replace(images=locked[split]))
-            content = "".join(f"{expected}  {split}/{name}\n" for name, expected in sums.items())
-            made[staged.sums(split)] = content.encode(), {"shape": list(locked[split].shape)}
-        for path, (content, described) in made.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, content)
-            files[staged.name(path)] = {"sha256": sha256(content), **described}
+            lines = "".join(f"{expected}  {split}/{name}\n" for name, expected in sums.items())
+            put(staged.sums(split), lines.encode(), shape=list(locked[split].shape))
     utils.sync_disks()
     return files
 

@@ -46,8 +46,9 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
         for before, word in zip(["", *words], words):
-            if not word or (word.startswith("--") and word.find("=") == len(word) - 1):  # an unset shell variable
-                raise UserError(f"{word.rstrip('=') or before}: is empty; give it a value, or leave it out")
+            flag, equals, value = word.partition("=")
+            if not word or (flag.startswith("--") and equals and not value):  # an unset shell variable
+                raise UserError(f"{flag or before}: is empty; give it a value, or leave it out")
         return super().parse_known_args(args, namespace)
 
     def error(self, message):
@@ -96,7 +97,7 @@ def attempt(function, *args):
         return function(*args), None
     except Exception as error:
         if memory_is_full(error):
-            return None, "the memory is full; take smaller batches, or end what else fills it"
+            return None, "the memory is full; take smaller batches, where nothing is begun, or end what else fills it"
         if isinstance(error, (UserError, OSError)):
             return None, printable(error)
         raise

@@ -407,6 +407,8 @@ def read_resumed(args, model):
         raise UserError(f"{args.resume}: holds no optimizer that fits; leave --resume-optimizer out") from error
     if goes_on(args) and accuracy_key(args.adv_train) not in checkpoint:
         raise UserError(f"{args.resume}: was trained with another --adv-train; choose another --exp-name")
+    if not goes_on(args) and checkpoint["epoch"] >= args.epochs:
+        raise UserError(f"--epochs {args.epochs}: {args.resume} has {checkpoint['epoch']} epochs already; give more")
     return {**checkpoint, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
 
 

@@ -331,6 +331,8 @@ def test_mistakes_in_the_base_classifier(place, user_error, tmp_path):
     adversarial = ["--adv-train", 1, "--constraint", 2, "--eps", 1, "--attack-lr", 1]
     line = user_error(base.main, *flags, *resume, "--resume-optimizer", 1, *adversarial)
     assert f"{resume[1]}: was trained with another --adv-train" in line
+    again = [*resume, "--resume-optimizer", 1, "--exp-name", "new", "--epochs", 1]
+    assert f"--epochs 1: {resume[1]} has 2 epochs already; give more" in user_error(base.main, *flags, *again)
     torch.save({"model": torch.load(resume[1])["model"]}, tmp_path / "weights")
     resume = ["--exp-name", "new", "--resume", tmp_path / "weights", "--resume-optimizer", 1]
     assert "weights: holds no optimizer that fits" in user_error(base.main, *flags, *resume)

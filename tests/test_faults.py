@@ -163,7 +163,7 @@ def test_a_checkpoint_that_is_cut_short_costs_one_epoch(two_epochs, work, tmp_pa
 def no_privileges():
     """A folder that cannot be written to, whoever runs the tests: the administrator can write everywhere."""
     user = os.geteuid()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # not in TMPDIR, which may be closed to nobody
         os.chmod(folder, 0o555)
         if user == 0:
             os.seteuid(65534)  # nobody

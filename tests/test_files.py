@@ -1,4 +1,4 @@
-"""Locked files, in this project's form and in the authors', and what is wrong with them."""
+"""Locked files, in this project's form and in the authors'; what is wrong with a file, and how it is told."""
 
 import errno
 import io
@@ -194,7 +194,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_text("old")
     full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(full))
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=full))
     with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
         write_file(path, b"new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

@@ -31,6 +31,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 @pytest.fixture
 def device(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    torch.compiler.reset()  # after eight variants of a function torch.compile would run further ones as they are
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     return utils.pick_device()[0]
 
 
@@ -54,7 +56,7 @@ def test_training_is_the_plain_one(device, tmp_path, way, keys):
     """One epoch of five full batches, two of which are replayed, and a smaller one: the way from the first weights.
 
     At this learning rate, random errors of 3e-7 in every layer and gradient changed it by up to 0.07 in adversarial
-    training, and by 0.002 in the plain one (40 seeds, on a CPU); at 0.1, by 0.3.
+    training, and by 0.002 in the plain one (40 seeds, on a CPU); at 0.1, by 0.3. Compiling may round a little worse.
     """
     keys = {"architecture": "preresnet8", "batch_size": "8", "precision": "float32"} | keys
     config, compiled = config_of(tmp_path, **keys), config_of(tmp_path, **keys, compile="always")
@@ -67,7 +69,8 @@ def test_training_is_the_plain_one(device, tmp_path, way, keys):
         device=device,
         lr=0.001,
     )
-    for ends, bound in {("weight", "bias"): 0.1, ("running_mean", "running_var"): 0.01}.items():
+    bound = 0.3 if "adversarial.eps" in keys else 0.1
+    for ends, bound in {("weight", "bias"): bound, ("running_mean", "running_var"): 0.01}.items():
         names = [name for name in start if str(name).endswith(ends)]
         ours, theirs = ([weights[name] - start[name] for name in names] for weights in (fast, plain))
         assert difference(ours, theirs) < bound, ends
@@ -100,11 +103,11 @@ def test_what_auto_chooses_trains(device, tmp_path, architecture):
     assert all(map(torch.equal, resumed.model.parameters(), weights))
 
 
-@pytest.mark.parametrize("precision, bound", [("float32", 0.05), ("bfloat16", 0.5)])
+@pytest.mark.parametrize("precision, bound", [("float32", 0.05), ("bfloat16", 0.7)])
 def test_the_training_of_a_base_classifier_is_the_plain_one(device, monkeypatch, precision, bound):
     """Five steps of robustness' loop, which is not captured, but whose network torch.compile runs as CUDA graphs.
 
-    On a CPU, five steps in bfloat16 differed from those in float32 by 0.3.
+    On a CPU, five steps in bfloat16 differed from those in float32 by 0.3; two such errors may add up.
     """
     monkeypatch.setattr(base, "Compiled", partial(Compiled, say=pytest.fail))
     base.import_robustness()  # imports robustness.train, and hides its warnings
@@ -128,7 +131,8 @@ def test_the_training_of_a_base_classifier_is_the_plain_one(device, monkeypatch,
     start, plain = trained("never", loop=False), trained("never")
     dynamo.counters.clear()
     fast = trained("always")
-    assert not dynamo.counters["inductor"]["cudagraph_skips"]
+    counters = dynamo.counters["inductor"]
+    assert counters["cudagraph_recorded_non_static_inputs"] and not counters["cudagraph_skips"]
     ours, theirs = ([after - before for after, before in zip(parameters, start)] for parameters in (fast, plain))
     assert difference(ours, theirs) < bound
 

@@ -1,5 +1,6 @@
 """torch.compile and CUDA graphs: they do what the plain code does, and say where they cannot."""
 
+import gc
 from contextlib import nullcontext
 from functools import partial
 
@@ -140,6 +141,7 @@ def test_what_cannot_be_captured(no_gpu):
         assert captured(torch.ones(3)) == (3,)
     with pytest.raises(UserError, match="not be recorded .*_local_scalar_dense.* set compile to never"):
         captured(torch.ones(3))
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError(), RuntimeError("CUDA error: out of memory")], ids=repr)
@@ -165,6 +167,14 @@ def test_every_call_computes_on_the_same_memory(no_gpu):
     for values in given:
         assert torch.equal(captured(values)[0], values)
     assert len(seen) == 4 and len(set(seen)) == 1
+
+
+def test_no_garbage_is_collected_in_a_recording(no_gpu):
+    collecting = []
+    captured = Captured(lambda values: (collecting.append(gc.isenabled()), values + 0)[1:])
+    for _ in range(5):
+        captured(torch.ones(3))
+    assert collecting == [True, True, True, False] and gc.isenabled()
 
 
 def test_one_size_is_compiled(compiles):

@@ -110,7 +110,7 @@ def test_a_key_that_is_moved_away_meanwhile_is_not_replaced(place, command, monk
     monkeypatch.setattr(lock, "attack", move_key)
     with pytest.raises(SystemExit) as exit:
         command(lock.main, *flags)
-    assert exit.value.code == 2 and f"{tmp_path}/key: no such file; name the key" in capsys.readouterr().err
+    assert exit.value.code == 2 and f"{tmp_path}/key: no such file, or a folder; name" in capsys.readouterr().err
     (tmp_path / "moved").rename(tmp_path / "key")
     forbid_attacks(monkeypatch)
     command(lock.main, *flags)
@@ -147,10 +147,12 @@ def test_a_key_file_is_private_and_never_replaced(tmp_path):
 
 
 def test_a_key_that_cannot_be_written_is_not_left_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
-    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/key'"):
-        sealing.make_key(tmp_path / "key")
-    assert not list(tmp_path.iterdir())
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for error, message in ((full, f"No space left on device: '{tmp_path}/key'"), (KeyboardInterrupt(), None)):
+        monkeypatch.setattr(os, "fsync", Mock(side_effect=error))
+        with pytest.raises(type(error), match=message):
+            sealing.make_key(tmp_path / "key")
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_key_that_another_process_makes_meanwhile_is_the_one_used(tmp_path, monkeypatch):
@@ -242,7 +244,8 @@ def test_what_cannot_be_unlocked(sealed, place, command, user_error, tmp_path):
     folder, key = sealed
     (folder / "lock_50_horiz.json").unlink()
     flags = ["--unlock", "--lock-data", folder, "--orig-data", tmp_path / "out", "--key"]
-    assert "none: no such file; name the key" in user_error(lock.main, *flags, tmp_path / "none")
+    for path in (tmp_path / "none", tmp_path):
+        assert f"{path}: no such file, or a folder; name the key" in user_error(lock.main, *flags, path)
     sealing.make_key(tmp_path / "other")
     line = user_error(lock.main, *flags, tmp_path / "other")
     assert f"not the key that {folder} was sealed with: its fingerprint is " in line
@@ -319,12 +322,29 @@ def test_an_unlock_that_was_interrupted_starts_again(sealed, command, user_error
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".DS_Store").touch()  # macOS leaves it behind where somebody looked
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", lambda path, target: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Path, "rename", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(SystemExit):
             command(lock.main, *flags)
     command(lock.main, *flags)
     assert names_in(tmp_path / "out") == [".DS_Store", "test", "train"]
-    assert "holds files already" in user_error(lock.main, *flags)
+    assert "holds files already; name a folder" in user_error(lock.main, *flags)
+
+
+def test_an_unlock_that_was_interrupted_halfway_is_told(sealed, command, user_error, monkeypatch, tmp_path):
+    folder, key = sealed
+    out, rename = tmp_path / "out", Path.rename
+    flags = ["--unlock", "--key", key, "--lock-data", folder, "--orig-data", out, "--format", "png"]
+
+    def rename_once(path, target):
+        if {"train", "test"} & set(names_in(out)):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename_once)
+        with pytest.raises(SystemExit):
+            command(lock.main, *flags)
+    assert "holds files already (some are of an interrupted --unlock); name" in user_error(lock.main, *flags)
 
 
 def test_a_format_that_is_added_without_the_key_leaves_the_seal(place, locked, command, tmp_path):

@@ -152,7 +152,7 @@ def test_a_lock_is_finished_wherever_it_was_cut_off(place, command, monkeypatch,
 
 
 def interrupt(monkeypatch, at):
-    """Let Ctrl-C come in the attack with the number at; returns the list to which the attacks' sizes are added."""
+    """Let Ctrl-C come in the attack with the number at, if any; returns the list to which attacks add their sizes."""
     sizes, attack = [], lock.attack
 
     def interrupted(classifier, images, *rest, **options):
@@ -222,7 +222,8 @@ def test_an_interrupted_lock_goes_on_with_no_other_settings(place, work, command
     assert "train_image_basic: this lock is not finished; the command that began it finishes it" in line
     (tmp_path / ".lock_basic" / "settings.json").write_text("{")
     line = user_error(lock.main, *lock_flags(place, tmp_path))
-    assert ".lock_basic/settings.json: not JSON, or damaged" in line and "lock again with --overwrite" in line
+    assert ".lock_basic/settings.json: not JSON, or damaged" in line
+    assert "get it again from a copy, or lock again with --overwrite" in line
     sizes = interrupt(monkeypatch, at=None)
     command(lock.main, *lock_flags(place, tmp_path), "--batch-size", 50, "--overwrite")
     assert manifest_of(tmp_path)["settings"]["batch_size"] == 50 and sizes == [50, 46] * 2
