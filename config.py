@@ -12,7 +12,7 @@ from utils import COMPILE, MAX_SEED, PRECISIONS, UserError, check_known, did_you
 
 
 class Key(NamedTuple):
-    """A key of config.yaml: its default, or a type if the file must give it; the text of --help; what it can be."""
+    """A key of config.yaml: its default, or a type if it must be given; the text of --help; what it can be."""
 
     default: object
     help: str
@@ -22,7 +22,7 @@ class Key(NamedTuple):
 
     @property
     def required(self):
-        """Whether a file must give it."""
+        """Whether a file or a flag must give it."""
         return isinstance(self.default, type)
 
     @property

@@ -174,7 +174,7 @@ def list_images(folder):
 def read_image(path, content=None):
     """An image as uint8 [3, H, W], turned upright, of a file, or of its bytes where they have been read already.
 
-    Raises UserError where it is damaged, or more than 8-bit colours.
+    Raises UserError where it is damaged, or holds what 8-bit RGB cannot: more bits, transparency, CMYK, an animation.
     """
     file = path if content is None else io.BytesIO(content)
     what = f"{path}: cannot be read as PNG or JPEG"

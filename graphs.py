@@ -18,8 +18,8 @@ class Compiled:
 
     Batches of another size, such as the last one of a data set, and those without gradients go through the function
     itself: compiling once more would take longer than that. Where torch.compile fails, it says so once, and everything
-    goes through the function. Given to a module in place of its forward, it leaves all else about the module as it is.
-    mode is torch.compile's.
+    goes through the function; but where the memory is full, or a CUDA graph is being recorded, the error is raised.
+    Given to a module in place of its forward, it leaves all else about the module as it is. mode is torch.compile's.
     """
 
     def __init__(self, function, batch_size, say=print, mode=None):
@@ -31,7 +31,7 @@ class Compiled:
             try:  # torch.compile itself refuses a Python that is newer than it
                 self.compiled = self.compiled or torch.compile(self.function, dynamic=False, mode=self.mode)
                 return self.compiled(images, *args, **kwargs)
-            except Exception as error:  # no C++ compiler, or one of many other reasons: none stops the work
+            except Exception as error:  # no C++ compiler, or one of many other reasons that need not stop the work
                 recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
                 if recording or memory_is_full(error):
                     raise

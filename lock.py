@@ -478,4 +478,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run_command(main, if_interrupted="the same command goes on with a lock; --verify and --unlock start again")
+    utils.run_command(main, if_interrupted="the same command goes on with a lock; --verify and --unlock begin anew")

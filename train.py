@@ -188,7 +188,7 @@ def check_fit(data, config):
             raise UserError(f"{where[name]}: its images differ in size from those in {config.orig_data_path}")
         if labels.min() < 0 or labels.max() >= config.num_classes:
             found = f"labels go from {labels.min()} to {labels.max()}, but num_classes is {config.num_classes}"
-            raise UserError(f"{where[name]}: {found}; set it to the number of classes")
+            raise UserError(f"{where[name]}: {found}; set it to the number of classes (labels begin at 0)")
 
 
 def check_manifest(manifest, split, train_manifest, original, config):
@@ -449,4 +449,6 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run_command(main, if_interrupted="the same command with --resume goes on after the last whole epoch")
+    utils.run_command(
+        main, if_interrupted="the same command with --resume, not --overwrite, goes on after the last whole epoch"
+    )

@@ -174,7 +174,7 @@ def naming(path):
 def write_file(path, content):
     """Put bytes in a file's place: the file is the old one or the new one, whole, whenever the power fails.
 
-    An OSError names the file.
+    An OSError names the file, or its temporary one.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")

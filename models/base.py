@@ -3,10 +3,10 @@
     python -m models.base --dataset cifar --data ./data/cifar10 --adv-train 0 --arch resnet50 \\
         --out-dir ./logs/checkpoints/dir/ --exp-name resnet50
 
-takes the flags of `python -m robustness.main` (robustness 1.2.1.post2, 2020: its last release), all but --config-path,
-and trains with robustness' own loop, checkpoints and store. New are --precision, --compile and --manual-seed. --arch is
-one of its CIFAR architectures or of models/; --constraint, --eps and --attack-lr are required only with --adv-train 1
-or --adv-eval 1.
+takes the flags of `python -m robustness.main` (robustness 1.2.1.post2, 2020: its last release), all but --config-path
+and what does not work there, and trains with robustness' own loop, checkpoints and store. New are --precision,
+--compile and --manual-seed. --arch is one of its CIFAR architectures or of models/; --constraint, --eps and --attack-lr
+are required only with --adv-train 1 or --adv-eval 1.
 """
 
 import ast
@@ -264,6 +264,8 @@ HELP = {
     "arch": f"architecture: {', '.join(ARCHITECTURES)}",
     "workers": "accepted, not used: images are on the device",
     "mixed-precision": "does not work in robustness 1.2.1: see --precision",
+    "random-restarts": "does not work in robustness 1.2.1: leave it at 0",
+    "step-lr": "epochs between drops of the learning rate by --step-lr-gamma; 0: none",
     "resume-optimizer": "whether to go on with the checkpoint's optimizer and its schedule: with the --lr, --momentum, "
     "--weight-decay, --step-lr and --step-lr-gamma that it was begun with, whatever is given",
 }
@@ -346,9 +348,10 @@ def check_arguments(args):
 def check_expressions(args):
     """robustness evaluates these flags as Python; let through only numbers, fractions and lists of numbers."""
     length = parse_length, "a number of at least 0"
-    multiplier = parse_multiplier, "[(epoch, factor), ...], epochs in their order, factors of at least 0"
+    factors = "[(epoch, factor), ...], epochs in their order, factors of at least 0"
     flags = dict.fromkeys(("eps", "attack_lr"), length)
-    flags |= dict.fromkeys(("custom_lr_multiplier", "custom_eps_multiplier"), multiplier)
+    flags["custom_lr_multiplier"] = parse_multiplier, f"{factors}, or cyclic"
+    flags["custom_eps_multiplier"] = parse_multiplier, factors
     for name, (parse, expected) in flags.items():
         given = getattr(args, name)
         if given is None or (name, given) == ("custom_lr_multiplier", "cyclic"):

@@ -7,7 +7,7 @@ from models.layers import conv1x1, conv3x3, init_he
 
 
 class Bottleneck(nn.Sequential):
-    """Appends growth_rate new channels to those that it is given."""
+    """Puts growth_rate new channels before those that it is given."""
 
     def __init__(self, in_channels, growth_rate):
         super().__init__(

@@ -375,12 +375,13 @@ def test_base_classifier_is_resumed(photos, tmp_path, command):
     command(base.main, *flags, "--epochs", 1, "--exp-name", "same")
     weights, same = (torch.load(path)["model"] for path in (latest, tmp_path / "same" / "checkpoint.pt.latest"))
     assert all(torch.equal(value, same[name]) for name, value in weights.items())
-    for of_best, of_latest, epochs, expected in ((101.0, 50.0, 3, 1), (-1.0, -1.0, 4, 4), (0.0, 101.0, 5, 4)):
+    for of_best, of_latest, epochs, expected in ((101.0, -1.0, 3, 1), (-1.0, -1.0, 4, 4), (0.0, 101.0, 5, 4)):
         torch.save({**torch.load(best), "nat_prec1": of_best}, best)
         torch.save({**torch.load(latest), "nat_prec1": of_latest}, latest)
         command(base.main, *flags, "--epochs", epochs, "--lr", 7, "--resume", latest, "--resume-optimizer", 1)
         assert torch.load(latest)["epoch"] == epochs
         assert torch.load(best)["epoch"] == expected
+    assert torch.load(best)["nat_prec1"] == 101
     assert torch.load(latest)["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.00001)
     assert (folder / "store.2.h5").exists()
 

@@ -453,13 +453,20 @@ def test_the_defaults_are_the_papers(monkeypatch):
 
 def test_the_commands_of_the_readmes_are_understood(monkeypatch):
     """Those that stand at the beginning of a line: their flags, and the config files that they name."""
+
+    def parse_experiments():
+        args, rest = study.parse_arguments()
+        for command in study.commands(args, rest) if args.run else []:
+            monkeypatch.setattr(sys, "argv", command[1:])
+            train.parse_arguments()
+
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(base, "folder_of", lambda args: None)  # whatever lies in logs/
     parse = {
         "lock.py": lock.parse_arguments,
         "train.py": train.parse_arguments,
         "-m models.base": lambda: base.parse_arguments(base.import_robustness()),
-        "-m experiments": study.parse_arguments,
+        "-m experiments": parse_experiments,
     }
     text = "".join((ROOT / name).read_text() for name in ("README.md", "results/README.md")).replace("\\\n", " ")
     commands = re.findall(r"^python (lock\.py|train\.py|-m models\.base|-m experiments) (.*)$", text, re.MULTILINE)
