@@ -1,6 +1,6 @@
 """A lock in the making: finished batches are kept as shards until all are, and then become the files of the lock.
 
-The settings of a lock decide its bytes. A lock that was begun or finished is never continued or replaced with other
+A lock that was begun or finished is never continued or replaced with other
 settings, unless --overwrite says so.
 """
 
@@ -43,7 +43,8 @@ CHOICES = {
 def settings_of(method, classes, hashes, maps, base_sha256, args):
     """All that decides what a lock is, but for the CHOICES; hashes are those of hash_originals.
 
-    With these added, locks of the same settings are the same.
+    With these added, locks of the same settings are the same on the same kind of processor, with the same versions and
+    threads. (compile says what was asked for: where torch.compile failed, the lock was made without.)
     """
     flags = "eps", "attack_lr", "attack_steps", "manual_seed", "subset", "arch"
     return {

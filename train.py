@@ -347,8 +347,8 @@ def settle_auto(config, model, begun_in, count):
 
     begun_in is the precision of the epochs before, if any; count is the number of images in an epoch.
     """
-    device, attack = next(model.parameters()).device, config.adversarial
-    passes = attack.attack_steps + 2 if attack.eps > 0 else 1  # of each image in an epoch
+    device, adversarial = next(model.parameters()).device, config.adversarial
+    passes = adversarial.attack_steps + 2 if adversarial.eps > 0 else 1  # of each image in an epoch
     config.precision, why = utils.pick_precision(config.precision, device, model, begun_in)
     config.compile = utils.pick_compile(config.compile, device.type == "cuda", config.epochs * count * passes)
     return why

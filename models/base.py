@@ -9,6 +9,7 @@ and what does not work there, and trains with robustness' own loop, checkpoints 
 are required only with --adv-train 1 or --adv-eval 1.
 """
 
+import argparse
 import ast
 import codecs
 import inspect
@@ -33,7 +34,7 @@ from augmentation import color_jitter, random_crop, random_flip, random_rotation
 from data import DATASETS, SPLITS, to_float
 from graphs import Compiled
 from models import MODELS
-from utils import COMPILE, UserError, serialize, write_file
+from utils import COMPILE, UserError, number, serialize, write_file
 
 # To run robustness today
 
@@ -259,6 +260,50 @@ def import_robustness():
     return main
 
 
+def parse_length(text):
+    """A number or fraction of at least 0, as 8/255; raises one of several errors where the text is none."""
+    value = float(Fraction(text))
+    if value < 0:
+        raise ValueError
+    return value
+
+
+def parse_multiplier(text):
+    """A list of epochs and factors in their order, as [(0, 1), (50, 0.1)]; raises one of several errors likewise."""
+    periods = [(float(epoch), float(factor)) for epoch, factor in ast.literal_eval(text)]
+    negative = any(factor < 0 for _, factor in periods)
+    if not periods or negative or periods != sorted(periods) or not np.isfinite(periods).all():
+        raise ValueError
+    return periods
+
+
+def expression(parse, expected):
+    """A converter of a flag's text to what robustness evaluates as Python; lets through only what parse makes of it."""
+
+    def convert(text):
+        try:
+            return str(parse(text))
+        except (ValueError, TypeError, SyntaxError, ZeroDivisionError, OverflowError) as error:
+            raise argparse.ArgumentTypeError(f"{text}: expected {expected}") from error
+
+    return convert
+
+
+FACTORS = "[(epoch, factor), ...], epochs in their order, factors of at least 0"
+
+# The values that a flag takes, where robustness would only find out later, or not at all.
+KINDS = {
+    **dict.fromkeys(("epochs", "batch-size", "log-iters", "attack-steps"), number(int, 1)),
+    **dict.fromkeys(("workers", "step-lr"), number(int, 0)),
+    **dict.fromkeys(("lr", "step-lr-gamma", "weight-decay", "momentum"), number(float, 0)),
+    **dict.fromkeys(("eps", "attack-lr"), expression(parse_length, "a number of at least 0")),
+    "save-ckpt-iters": number(int, -1),
+    "custom-lr-multiplier": expression(
+        lambda text: text if text == "cyclic" else parse_multiplier(text), f"{FACTORS}, or cyclic"
+    ),
+    "custom-eps-multiplier": expression(parse_multiplier, FACTORS),
+}
+
 # What --help says of a flag where robustness' own words are not true here.
 HELP = {
     "arch": f"architecture: {', '.join(ARCHITECTURES)}",
@@ -276,7 +321,7 @@ def parse_arguments(robustness_main):
     defaults, parser = robustness_main.defaults, utils.Parser(__doc__)
     for group in (defaults.CONFIG_ARGS, defaults.MODEL_LOADER_ARGS, defaults.TRAINING_ARGS, defaults.PGD_ARGS):
         flags = [
-            [name, kind, HELP.get(name, text), default]
+            [name, KINDS.get(name, kind), HELP.get(name, text), default]
             for name, kind, text, default in group
             if name != "config-path"  # it checks nothing of such a file
         ]
@@ -310,25 +355,12 @@ def parse_arguments(robustness_main):
     return args
 
 
-# The least value of each flag that is a number.
-LEAST = {
-    **dict.fromkeys(("epochs", "batch_size", "log_iters", "attack_steps"), 1),
-    **dict.fromkeys(("workers", "lr", "step_lr", "step_lr_gamma", "weight_decay", "momentum"), 0),
-    "save_ckpt_iters": -1,
-}
-
-
 def check_arguments(args):
     """Raise UserError for what robustness would only find out later, or not at all."""
     if not args.out_dir:  # robustness would not miss it with --eval-only
         raise UserError("--out-dir is required: the folder for the store")
-    for name, least in LEAST.items():
-        value = getattr(args, name)
-        if value is not None and not (isinstance(value, (int, float)) and least <= value < math.inf):
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be a finite number, and at least {least}")
     if args.save_ckpt_iters == 0:
         raise UserError("--save-ckpt-iters 0: must be -1, for none, or at least 1")
-    check_expressions(args)
     unbounded = args.constraint == "unconstrained" and args.random_start
     if args.mixed_precision or args.random_restarts or unbounded or args.constraint in ("fourier", "random_smooth"):
         raise UserError(
@@ -343,40 +375,6 @@ def check_arguments(args):
             f"--exp-name {args.exp_name}: {folder} holds a classifier already, finished or not; choose another name, "
             f"delete the folder, or go on with --resume {folder}/checkpoint.pt.latest --resume-optimizer 1"
         )
-
-
-def check_expressions(args):
-    """robustness evaluates these flags as Python; let through only numbers, fractions and lists of numbers."""
-    length = parse_length, "a number of at least 0"
-    factors = "[(epoch, factor), ...], epochs in their order, factors of at least 0"
-    flags = dict.fromkeys(("eps", "attack_lr"), length)
-    flags["custom_lr_multiplier"] = parse_multiplier, f"{factors}, or cyclic"
-    flags["custom_eps_multiplier"] = parse_multiplier, factors
-    for name, (parse, expected) in flags.items():
-        given = getattr(args, name)
-        if given is None or (name, given) == ("custom_lr_multiplier", "cyclic"):
-            continue
-        try:
-            setattr(args, name, str(parse(given)))
-        except (ValueError, TypeError, SyntaxError, ZeroDivisionError, OverflowError) as error:
-            raise UserError(f"--{name.replace('_', '-')} {given}: expected {expected}") from error
-
-
-def parse_length(text):
-    """A number or fraction of at least 0, as 8/255; raises one of several errors where the text is none."""
-    value = float(Fraction(text))
-    if value < 0:
-        raise ValueError
-    return value
-
-
-def parse_multiplier(text):
-    """A list of epochs and factors in their order, as [(0, 1), (50, 0.1)]; raises one of several errors likewise."""
-    periods = [(float(epoch), float(factor)) for epoch, factor in ast.literal_eval(text)]
-    negative = any(factor < 0 for _, factor in periods)
-    if not periods or negative or periods != sorted(periods) or not np.isfinite(periods).all():
-        raise ValueError
-    return periods
 
 
 def folder_of(args):

@@ -252,11 +252,11 @@ def test_a_classifier_in_an_older_form(tmp_path):
 
 
 def test_expressions_that_robustness_takes():
-    args = Namespace(eps="8/255", attack_lr="1e-1", custom_lr_multiplier="cyclic")
-    args.custom_eps_multiplier = "[(0, 0), (5, 1)]"
-    base.check_expressions(args)
-    assert (float(args.eps), float(args.attack_lr), args.custom_lr_multiplier) == (8 / 255, 0.1, "cyclic")
-    assert args.custom_eps_multiplier == "[(0.0, 0.0), (5.0, 1.0)]"
+    kinds, periods = base.KINDS, "[(0, 0), (5, 1)]"
+    assert float(kinds["eps"]("8/255")) == 8 / 255 and float(kinds["attack-lr"]("1e-1")) == 0.1
+    assert kinds["custom-lr-multiplier"]("cyclic") == "cyclic"
+    for name in ("custom-lr-multiplier", "custom-eps-multiplier"):
+        assert kinds[name](periods) == "[(0.0, 0.0), (5.0, 1.0)]"
 
 
 def test_a_better_adversarial_accuracy_is_kept(checkpoint, tmp_path):
@@ -341,17 +341,18 @@ def test_mistakes_in_the_base_classifier(place, user_error, tmp_path):
     assert "unknown name 'resnet49'" in user_error(base.main, *flags, "--exp-name", "new", "--arch", "resnet49")
     line = user_error(base.main, *flags, "--exp-name", "new", "--dataset", "cifar", "--data", tmp_path)
     assert f"{tmp_path}: CIFAR-10 is not there" in line
-    assert "at least 1" in user_error(base.main, *flags, "--exp-name", "new", "--batch-size", 0)
+    line = user_error(base.main, *flags, "--exp-name", "new", "--batch-size", 0)
+    assert "--batch-size: '0' is not a whole number of at least 1" in line
     for eps in ("exit()", -0.5, "1e999"):
-        assert f"--eps {eps}: expected a number" in user_error(base.main, *flags, "--exp-name", "new", "--eps", eps)
+        assert f"--eps: {eps}: expected a number" in user_error(base.main, *flags, "--exp-name", "new", "--eps", eps)
     assert "--resume is required" in user_error(base.main, *flags, "--exp-name", "new", "--eval-only", 1)
     assert "--save-ckpt-iters 0" in user_error(base.main, *flags, "--exp-name", "new", "--save-ckpt-iters", 0)
     for text in ("exit()", "[]", "[(10, 1), (5, 1)]", "[(0, 1e999)]", "[(0, -1)]"):
         line = user_error(base.main, *flags, "--exp-name", "new", "--custom-lr-multiplier", text)
-        assert f"--custom-lr-multiplier {text}: expected [(epoch, factor), ...]" in line
+        assert f"--custom-lr-multiplier: {text}: expected [(epoch, factor), ...]" in line
     for text in ("exit()", "cyclic"):
         line = user_error(base.main, *flags, "--exp-name", "new", "--custom-eps-multiplier", text)
-        assert f"--custom-eps-multiplier {text}: expected [(epoch, factor), ...]" in line
+        assert f"--custom-eps-multiplier: {text}: expected [(epoch, factor), ...]" in line
     evaluated = ["--dataset", "digits", "--arch", "preresnet8", "--eval-only", 1]
     assert "--out-dir is required" in user_error(base.main, *evaluated, "--resume", tmp_path / "weights")
     assert "unrecognized arguments: --config-path" in user_error(base.main, *flags, "--config-path", "x")
@@ -361,7 +362,7 @@ def test_mistakes_in_the_base_classifier(place, user_error, tmp_path):
         assert "--mixed-precision 1, " in line and "do not work in robustness 1.2.1" in line
     for flag, value in {"--step-lr-gamma": "nan", "--lr": -0.1, "--weight-decay": -1e-4, "--epochs": 0}.items():
         line = user_error(base.main, *flags, "--exp-name", "new", flag, value)
-        assert f"{flag} {value}: must be a finite number, and at least" in line
+        assert f"{flag}: '{value}' is not a " in line and "number of at least" in line
     line = user_error(base.main, *flags, "--exp-name", "new", "--arch", "mobilenet_v2", "--batch-size", 359)
     assert "--batch-size 359: leaves the last of 1437 images" in line
     assert not (place / "new").exists()

@@ -36,7 +36,7 @@ def test_every_line_is_measured(command, capsys, monkeypatch):
         "a step of the lock by all four methods",
         "train the base classifier, ResNet-50, batch 2",
         "train preresnet8, batch 2",
-        "train preresnet8, batch 2, 2 at once",
+        "2 at once: preresnet8, batch 2",
     ]
     assert all(float(ratio.removesuffix("x")) > 0 for _, _, _, ratio, *_ in lines[1:])
     assert out.count("```\n") == 8  # profiles of all but the last
