@@ -1,7 +1,6 @@
 """A lock in the making: finished batches are kept as shards until all are, and then become the files of the lock.
 
-A lock that was begun or finished is never continued or replaced with other
-settings, unless --overwrite says so.
+A lock that was begun or finished is never continued or replaced with other settings, unless --overwrite says so.
 """
 
 import itertools

@@ -291,7 +291,7 @@ def expression(parse, expected):
 
 FACTORS = "[(epoch, factor), ...], epochs in their order, factors of at least 0"
 
-# The values that a flag takes, where robustness would only find out later, or not at all.
+# What a flag's text becomes; robustness would find out what is wrong with it only later, or not at all.
 KINDS = {
     **dict.fromkeys(("epochs", "batch-size", "log-iters", "attack-steps"), number(int, 1)),
     **dict.fromkeys(("workers", "step-lr"), number(int, 0)),
