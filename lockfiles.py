@@ -261,7 +261,7 @@ def write_tree(folder, part):
 
 def from_bytes(content, path):
     """One tensor, from the bytes of a file that holds a list of tensors; never unpickles anything but tensors."""
-    with telling_damage(lambda why: f"{path}: not a list of tensors, or damaged ({why}); lock again with --overwrite"):
+    with telling_damage(lambda why: f"{path}: not a list of tensors, or damaged ({why}); {REMEDY}"):
         tensor = torch.cat(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
         tensor.numpy()  # what is no ordinary tensor fails here
         return tensor
@@ -272,7 +272,7 @@ def check_tensors(images, labels, image_path, label_path):
     if images.is_floating_point():
         rounding = 0.5 / 255
         if not ((images > -rounding) & (images < 1 + rounding)).all():
-            raise UserError(f"{image_path}: images of floats must lie in [0, 1]; lock again with --overwrite")
+            raise UserError(f"{image_path}: images of floats must lie in [0, 1]; {REMEDY}")
         images = to_uint8(images)
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3 or len(images) == 0:
         raise UserError(f"{image_path}: expected images [N, 3, H, W], found {images.dtype} {list(images.shape)}")
@@ -280,7 +280,7 @@ def check_tensors(images, labels, image_path, label_path):
         raise UserError(f"{label_path}: expected labels [N], found {labels.dtype} {list(labels.shape)}")
     if len(images) != len(labels):
         found = f"{image_path} holds {len(images)} images, but {label_path} {len(labels)} labels"
-        raise UserError(f"{found}; lock again with --overwrite")
+        raise UserError(f"{found}; {REMEDY}")
     return images.contiguous(), labels.long()
 
 
@@ -331,7 +331,7 @@ def load_split(paths, split, manifest):
         files = [tree, paths.sums(split)]
         images = [read_image(tree / name, png_bytes(paths, split, name, expected)) for name, expected in sums.items()]
         if len({image.shape for image in images}) > 1:
-            raise UserError(f"{files[0]}: the images differ in size; lock again with --overwrite")
+            raise UserError(f"{files[0]}: the images differ in size; {REMEDY}")
         classes = manifest["settings"]["classes"]
         images, labels = torch.stack(images), torch.tensor([classes.index(name.partition("/")[0]) for name in sums])
     if hash_tensor(labels) != manifest["settings"]["original_sha256"][split]["labels"]:

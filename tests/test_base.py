@@ -341,8 +341,9 @@ def test_mistakes_in_the_base_classifier(place, user_error, tmp_path):
     assert "unknown name 'resnet49'" in user_error(base.main, *flags, "--exp-name", "new", "--arch", "resnet49")
     line = user_error(base.main, *flags, "--exp-name", "new", "--dataset", "cifar", "--data", tmp_path)
     assert f"{tmp_path}: CIFAR-10 is not there" in line
-    line = user_error(base.main, *flags, "--exp-name", "new", "--batch-size", 0)
-    assert "--batch-size: '0' is not a whole number of at least 1" in line
+    for flag in ("--batch-size", "--epochs"):
+        line = user_error(base.main, *flags, "--exp-name", "new", flag, 0)
+        assert f"argument {flag}: '0' is not a whole number of at least 1" in line
     for eps in ("exit()", -0.5, "1e999"):
         assert f"--eps: {eps}: expected a number" in user_error(base.main, *flags, "--exp-name", "new", "--eps", eps)
     assert "--resume is required" in user_error(base.main, *flags, "--exp-name", "new", "--eval-only", 1)
@@ -360,9 +361,9 @@ def test_mistakes_in_the_base_classifier(place, user_error, tmp_path):
     for more in (["--mixed-precision", 1], ["--random-restarts", 1], *broken):
         line = user_error(base.main, *flags, "--exp-name", "new", *more)
         assert "--mixed-precision 1, " in line and "do not work in robustness 1.2.1" in line
-    for flag, value in {"--step-lr-gamma": "nan", "--lr": -0.1, "--weight-decay": -1e-4, "--epochs": 0}.items():
+    for flag, value in {"--step-lr-gamma": "nan", "--lr": -0.1, "--weight-decay": -1e-4, "--momentum": "inf"}.items():
         line = user_error(base.main, *flags, "--exp-name", "new", flag, value)
-        assert f"{flag}: '{value}' is not a " in line and "number of at least" in line
+        assert f"argument {flag}: '{value}' is not a number of at least 0" in line
     line = user_error(base.main, *flags, "--exp-name", "new", "--arch", "mobilenet_v2", "--batch-size", 359)
     assert "--batch-size 359: leaves the last of 1437 images" in line
     assert not (place / "new").exists()

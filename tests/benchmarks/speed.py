@@ -299,7 +299,7 @@ def training_works(device, precision, size):
     for name in size.together:
         alone, count = works[name], size.jobs
         with together(count, name, size) as epoch:
-            title = alone.name.replace("train", f"{count} at once:")
+            title = f"{count} at once: {name}, batch {size.models[name]}"
             yield alone._replace(name=title, ours=epoch, count=count * alone.count)
 
 
