@@ -34,7 +34,7 @@ class Key(NamedTuple):
 # The keys are CIFAR-ZOO's and the authors', but for seed, precision, compile, cutmix, cutmix_alpha, train_on,
 # subset, pretrained, enlarge, preprocess and adversarial, which are new.
 KEYS = {
-    "architecture": Key(str, "one of models/, as preresnet110", choices=tuple(MODELS)),
+    "architecture": Key(str, "one of models/, as preresnet110, or torchvision/NAME", choices=tuple(MODELS)),
     "dataset": Key(str, "cifar10, digits or folder", choices=tuple(DATASETS)),
     "orig_data_path": Key(str, "folder of the original data set"),
     "locked_train_image": Key("./data/train_image_basic", "locked file"),

@@ -8,6 +8,7 @@ import io
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -147,12 +148,17 @@ def printable(text):
 def check_known(name, known, where):
     """Raise UserError, listing the known names, if name is none of them; where says what named it."""
     if name not in known:
-        raise UserError(f"{where}: unknown name '{name}'; known are {', '.join(known)}")
+        raise UserError(f"{where}: unknown name '{name}'; known are {listed(known)}{did_you_mean(name, known)}")
+
+
+def listed(names):
+    """Names as text, separated by commas; all of one folder, as torchvision/resnet18, as one: torchvision/NAME."""
+    return ", ".join(dict.fromkeys(re.sub("/.*", "/NAME", name) for name in names))
 
 
 def did_you_mean(word, known):
     """'; did you mean ...?', with the known names that end in the word, or else the nearest one; '' without any."""
-    ends = [name for name in known if name.endswith((f"_{word}", f".{word}"))]
+    ends = [name for name in known if name.endswith((f"_{word}", f".{word}", f"/{word}"))]
     near = ends or difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 

@@ -1,10 +1,11 @@
-"""The architectures that train.py trains: CIFAR-ZOO's AlexNet, VGG, ResNet, PreResNet and DenseNet-BC, and
-torchvision's MobileNetV2 and, made small, its vision transformer (Dosovitskiy et al., 2021).
+"""The architectures that train.py trains: CIFAR-ZOO's AlexNet, VGG, ResNet, PreResNet and DenseNet-BC, torchvision's
+vision transformer (Dosovitskiy et al., 2021) made small, and torchvision's classifiers as they are.
 """
 
 from functools import partial
 
-from torchvision.models import mobilenet_v2
+from torchvision import models as torchvision_models
+from torchvision.models import get_model, list_models, mobilenet_v2
 from torchvision.models.vision_transformer import VisionTransformer
 
 from models.alexnet import AlexNet
@@ -38,4 +39,9 @@ MODELS = {
     "vit": partial(
         VisionTransformer, image_size=32, patch_size=4, num_layers=6, num_heads=4, hidden_dim=256, mlp_dim=512
     ),
+}
+# made for photographs: most halve the resolution five times; those left out give more than logits in training
+MODELS |= {
+    f"torchvision/{name}": partial(get_model, name)
+    for name in list_models(torchvision_models, exclude=["googlenet", "inception_v3"])
 }

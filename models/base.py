@@ -306,7 +306,7 @@ KINDS = {
 
 # What --help says of a flag where robustness' own words are not true here.
 HELP = {
-    "arch": f"architecture: {', '.join(ARCHITECTURES)}",
+    "arch": f"architecture: {utils.listed(ARCHITECTURES)}",
     "workers": "accepted, not used: images are on the device",
     "mixed-precision": "does not work in robustness 1.2.1: see --precision",
     "random-restarts": "does not work in robustness 1.2.1: leave it at 0",

@@ -155,7 +155,10 @@ def test_a_constant_classifier_has_no_gradient():
     assert torch.equal(gradient_of(losses, logits, x), torch.zeros_like(x))
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "vgg11", "densenet_cifar", "preresnet8", "resnet20", "densenet100bc"])
+@pytest.mark.parametrize(
+    "arch",
+    ["resnet18", "vgg11", "densenet_cifar", "preresnet8", "resnet20", "densenet100bc", "torchvision/efficientnet_b0"],
+)
 def test_the_folded_classifier_is_the_classifier_with_batch_norm_folded(arch):
     model = attacker_model(arch, "cifar").requires_grad_(False).eval().double()
     for module in model.modules():

@@ -152,6 +152,7 @@ def test_mistakes_in_a_config(tmp_path, text, message):
     "keys, message",
     [
         ({"architecture": "preresnet21"}, "architecture: unknown name 'preresnet21'; known are alexnet, .*preresnet20"),
+        ({"architecture": "resnet18"}, "vit, torchvision/NAME; did you mean 'torchvision/resnet18'"),
         ({"dataset": "cifar100"}, "dataset: unknown name 'cifar100'; known are"),
         ({"lr_scheduler.type": "COS"}, "lr_scheduler.type: unknown name 'COS'; known are STEP, COSINE, HTD"),
         ({"train_on": "originals"}, "train_on: unknown name 'originals'; known are locked, original"),

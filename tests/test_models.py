@@ -22,6 +22,8 @@ PARAMETERS = {
     "densenet190bc": 25_624_430,
     "mobilenet_v2": 2_236_682,
     "vit": 3_195_146,
+    "torchvision/resnet18": 11_181_642,
+    "torchvision/vit_b_16": 85_806_346,
 }
 
 
@@ -64,7 +66,10 @@ def test_strides_poolings_and_relus(name):
     assert (round(counter.get_total_flops() / 2e6, 1), len(relus)) == WORK[name]
 
 
-@pytest.mark.parametrize("name", ["alexnet", "vgg11", "resnet20", "preresnet8", "densenet100bc", "mobilenet_v2"])
+@pytest.mark.parametrize(
+    "name",
+    ["alexnet", "vgg11", "resnet20", "preresnet8", "densenet100bc", "mobilenet_v2", "torchvision/efficientnet_b0"],
+)
 def test_logits_of_any_size_and_gradients_everywhere(name):
     model = MODELS[name](num_classes=7)
     for size in (32, 48, 64) if name in ("alexnet", "vgg11") else (8, 32, 48, 64):
