@@ -146,7 +146,7 @@ def printable(text):
 
 
 def check_known(name, known, where):
-    """Raise UserError, listing the known names, if name is none of them; where says what named it."""
+    """Raise UserError, with the known names and the nearest, if name is none of them; where says what named it."""
     if name not in known:
         raise UserError(f"{where}: unknown name '{name}'; known are {listed(known)}{did_you_mean(name, known)}")
 

@@ -4,7 +4,7 @@ vision transformer (Dosovitskiy et al., 2021) made small, and torchvision's clas
 
 from functools import partial
 
-from torchvision import models as torchvision_models
+import torchvision
 from torchvision.models import get_model, list_models, mobilenet_v2
 from torchvision.models.vision_transformer import VisionTransformer
 
@@ -34,7 +34,7 @@ MODELS = {
     "preresnet1202": partial(ResNet, 1202, preact=True),
     "densenet100bc": partial(DenseNet, 100, growth_rate=12),
     "densenet190bc": partial(DenseNet, 190, growth_rate=40),
-    "mobilenet_v2": mobilenet_v2,
+    "mobilenet_v2": mobilenet_v2,  # the same as torchvision/mobilenet_v2
     # of images of 32x32 pixels only
     "vit": partial(
         VisionTransformer, image_size=32, patch_size=4, num_layers=6, num_heads=4, hidden_dim=256, mlp_dim=512
@@ -43,5 +43,5 @@ MODELS = {
 # made for photographs: most halve the resolution five times; those left out give more than logits in training
 MODELS |= {
     f"torchvision/{name}": partial(get_model, name)
-    for name in list_models(torchvision_models, exclude=["googlenet", "inception_v3"])
+    for name in list_models(torchvision.models, exclude=["googlenet", "inception_v3"])
 }
