@@ -18,6 +18,8 @@ import runs
 import utils
 from config import CONFIG
 from experiments import __main__ as study
+from experiments import pictures, tables
+from experiments.variants import VARIANTS
 from methods import METHODS
 from models import MODELS
 from tests.conftest import ROOT, config_of
@@ -105,8 +107,8 @@ def test_the_table_puts_seeds_together_beside_the_papers_numbers(results, comman
 def test_what_is_drawn(results, monkeypatch, tmp_path):
     """In each panel a lock's locked curve, solid, and its original one, dashed, over the control's in grey."""
     figures = []
-    monkeypatch.setattr(study.Figure, "savefig", lambda figure, path, **_: figures.append(figure))
-    study.plot_curves(study.gather([results]), tmp_path / "curves.png")
+    monkeypatch.setattr(pictures.Figure, "savefig", lambda figure, path, **_: figures.append(figure))
+    pictures.plot_curves(tables.gather([results]), tmp_path / "curves.png")
     (panel,) = [axis for axis in figures[0].axes if "jpeg10" in axis.get_title()]
     assert panel.get_xlabel() == "epoch, of 2" and not any("train_on" in axis.get_title() for axis in figures[0].axes)
     assert [(line.get_linestyle(), line.get_color(), list(line.get_ydata())) for line in panel.lines] == [
@@ -121,12 +123,12 @@ def test_what_is_drawn(results, monkeypatch, tmp_path):
 def test_other_trainings_have_a_panel_of_their_own(monkeypatch, tmp_path):
     """Also where no row of the table reads as theirs: of each method there is one."""
     figures, changes = [], [{}, {"lock_method": "horiz", "config": {"epochs": 2, "seed": 0, "batch_size": 8}}]
-    monkeypatch.setattr(study.Figure, "savefig", lambda figure, path, **_: figures.append(figure))
+    monkeypatch.setattr(pictures.Figure, "savefig", lambda figure, path, **_: figures.append(figure))
     for change in changes:
         folder = tmp_path / change.get("lock_method", "basic")
         folder.mkdir()
         (folder / "result.json").write_text(json.dumps(RESULT | change))
-    study.plot_curves(study.gather([tmp_path]), tmp_path / "curves.png")
+    pictures.plot_curves(tables.gather([tmp_path]), tmp_path / "curves.png")
     titles = [axis.get_title().partition("\n")[0] for axis in figures[0].axes]
     assert titles == ["vgg19 on cifar10, plain, batch_size 128", "vgg19 on cifar10, plain, batch_size 8"]
 
@@ -152,7 +154,7 @@ def test_of_pretrained_weights_the_seed_does_not_count(tmp_path):
     assert ([result["seed"] for result in same], [result["seed"] for result in other]) == ([0, 1, 2], [3])
     assert not any(result["paper"] for result in same)
     control = {**same[0], "training": same[1]["training"] | {"train_on": "original"}}
-    assert study.control_of(same[0], [other, [control]]) == [control]
+    assert tables.control_of(same[0], [other, [control]]) == [control]
 
 
 def gather_changed(tmp_path, *changes):
@@ -160,13 +162,13 @@ def gather_changed(tmp_path, *changes):
     for index, change in enumerate(changes):
         (tmp_path / f"{index}").mkdir()
         (tmp_path / f"{index}" / "result.json").write_text(json.dumps({**RESULT, "config": {}} | change))
-    return study.gather([tmp_path])
+    return tables.gather([tmp_path])
 
 
 def test_a_line_is_the_mean_of_the_seeds_where_all_were_evaluated():
-    axis = study.Figure().subplots()
+    axis = pictures.Figure().subplots()
     results = [{"curves": {"orig_acc": {1: 10, 2: 0, 4: 50}}}, {"curves": {"orig_acc": {1: 20, 4: 40}}}]
-    assert study.draw(axis, results, "orig_acc", "C0", "--").get_xydata().tolist() == [[1, 15], [4, 45]]
+    assert pictures.draw(axis, results, "orig_acc", "C0", "--").get_xydata().tolist() == [[1, 15], [4, 45]]
     heights = axis.collections[0].get_paths()[0].vertices[:, 1]
     assert (heights.min(), heights.max()) == (10, 50)
 
@@ -177,29 +179,29 @@ def test_a_control_is_that_of_the_same_training():
     def run(train_on="locked", originals="0", **keys):
         lock = lock_of(original_sha256={"train": originals})
         result = {"dataset": "folder", "config": {"train_on": train_on, **keys}, "lock": lock}
-        return {**result, "training": study.training_of(result)}
+        return {**result, "training": tables.training_of(result)}
 
     jpeg = {"preprocess": {"jpeg_quality": 10}}
     controls = [[run(train_on="original", **keys)] for keys in ({}, jpeg)]
     others = [[run(train_on="original", **keys)] for keys in ({"epochs": 9}, {"originals": "2"}, {"batch_size": 8})]
     groups = [*others, [run()], *controls]
     for index, keys in enumerate(({}, jpeg)):
-        assert study.control_of(run(**keys), groups) is controls[index]
-    assert study.control_of(run(mixup=True, seed=3, eval_freq=9), groups) is controls[0]
+        assert tables.control_of(run(**keys), groups) is controls[index]
+    assert tables.control_of(run(mixup=True, seed=3, eval_freq=9), groups) is controls[0]
     for other in run(preprocess={"bits": 2}), run(originals="1"), controls[0][0]:
-        assert study.control_of(other, groups) is None
+        assert tables.control_of(other, groups) is None
 
 
 def test_rows_that_read_the_same_are_told_apart():
     """By what differs: a hash, or the end of a long text, only where nothing shorter does."""
     long = "x" * 40
     settings = [{"eps": 1, "a_sha256": "f"}, {"a_sha256": "f"}, {"eps": 2}, {"a_sha256": "e"}]
-    assert study.tell_apart(["a", "a", "b", "c"], settings) == ["eps 1", "", "", ""]
-    assert study.tell_apart("aaa", settings[:2] + settings[3:]) == ["eps 1, a_sha256 f", "a_sha256 f", "a_sha256 e"]
-    named = study.method_of({"lock_method": "mixandcat", "alpha": 0.5, "lambd": 0.3})
+    assert tables.tell_apart(["a", "a", "b", "c"], settings) == ["eps 1", "", "", ""]
+    assert tables.tell_apart("aaa", settings[:2] + settings[3:]) == ["eps 1, a_sha256 f", "a_sha256 f", "a_sha256 e"]
+    named = tables.method_of({"lock_method": "mixandcat", "alpha": 0.5, "lambd": 0.3})
     assert named == "mixandcat lambd 0.3"
     paths = [{"path": f"{long}{end}", "a_sha256": end} for end in "12"]
-    assert study.tell_apart("aa", paths) == [f"path {long}1", f"path {long}2"]
+    assert tables.tell_apart("aa", paths) == [f"path {long}1", f"path {long}2"]
 
 
 def test_the_images_of_each_lock_are_shown(tmp_path):
@@ -217,18 +219,18 @@ def test_the_images_of_each_lock_are_shown(tmp_path):
         save_image(grid, folder / "images.png")
         group = {"dataset": "digits", "method": method, "lock_name": "a", "folder": folder, "settings": settings}
         groups.append([group])
-    found = study.images_by_lock(groups)
+    found = pictures.images_by_lock(groups)
     assert {name: round(3 * len(rows) / grid.shape[1]) for name, rows in found.items()} == {
         "digits, basic (a), lock.eps 0.5": 3,
         "digits, basic (a), lock.eps 0.4": 2,
         "digits, horiz (a)": 3,
     }
     assert found["digits, basic (a), lock.eps 0.5"][9, 9, 0] == 0
-    study.plot_images(groups, tmp_path / "shown.png")
+    pictures.plot_images(groups, tmp_path / "shown.png")
     assert (tmp_path / "shown.png").stat().st_size > 1000
     (folder / "images.png").write_bytes((folder / "images.png").read_bytes()[:99])
     with pytest.raises(UserError, match="images.png: damaged; delete it"):
-        study.images_by_lock(groups)
+        pictures.images_by_lock(groups)
 
 
 def table_rows(text):
@@ -250,19 +252,19 @@ def fits(column, run):
 
 
 def test_the_readmes_say_what_the_results_say():
-    """Every group of runs in results/ has its accuracies in a row of the READMEs, and the paper's are study.PAPER.
+    """Every group of runs in results/ has its accuracies in a row of the READMEs, and the paper's are tables.PAPER.
 
     A row's first cell names the run, and a column's header the rest of it (fits). Where a run's name has the eps of its
     lock, the row's second cell is how many attacks reached their target.
     """
     rows = list(table_rows((ROOT / "README.md").read_text() + (ROOT / "results" / "README.md").read_text()))
     models = next([cell.partition(",")[0] for cell in header] for header, row in rows if header[0] == "lock")
-    groups, of_lock2 = study.gather([ROOT / "results"]), set()
-    default = {key: value for key, value in flatten(CONFIG).items() if key in set().union(*study.VARIANTS.values())}
+    groups, of_lock2 = tables.gather([ROOT / "results"]), set()
+    default = {key: value for key, value in flatten(CONFIG).items() if key in set().union(*VARIANTS.values())}
     for group in groups:
         first = group[0]
         names = [first["name"]] if first["name"] else [first["lock_method"], "plain", first["architecture"]]
-        numbers = " / ".join(study.mean_std([result[key] for result in group]) for key in ("orig_acc", "locked_acc"))
+        numbers = " / ".join(tables.mean_std([result[key] for result in group]) for key in ("orig_acc", "locked_acc"))
         found = [
             row
             for header, row in rows
@@ -270,7 +272,7 @@ def test_the_readmes_say_what_the_results_say():
             and any(cell == numbers and fits(column, first) for column, cell in zip(header, row))
         ]
         keys = {key: value for key, value in flatten(first["config"]).items() if default.get(key) not in (None, value)}
-        assert study.VARIANTS.get(first["name"] or "plain", keys) == keys, first["folder"]
+        assert VARIANTS.get(first["name"] or "plain", keys) == keys, first["folder"]
         if "_eps" in first["name"]:
             reached = f"{100 * first['lock']['report']['test']['attacks']['T1']:.0f}"
             found = [row for row in found if row[1] == reached]
@@ -286,7 +288,7 @@ def test_the_readmes_say_what_the_results_say():
         for method, cell in zip(header[1:], row[1:])
         if cell
     }
-    assert papers == {key: f"{orig:.2f} / {locked:.2f}" for key, (orig, locked) in study.PAPER.items()}
+    assert papers == {key: f"{orig:.2f} / {locked:.2f}" for key, (orig, locked) in tables.PAPER.items()}
 
 
 def test_mistakes(results, user_error, monkeypatch, tmp_path):
@@ -326,7 +328,7 @@ def test_all_is_every_method_and_variant_and_each_run_may_go_on(monkeypatch, tmp
     flags += ["--alpha", "0.3"]
     monkeypatch.setattr(sys, "argv", ["experiments", *flags])
     args, rest = study.parse_arguments()
-    assert args.lock_method == list(METHODS) and args.variant == list(study.VARIANTS)
+    assert args.lock_method == list(METHODS) and args.variant == list(VARIANTS)
     assert all("--resume" in command for command in study.commands(args, rest))
     with_alpha = [command for command in study.commands(args, rest) if "--alpha" in command]
     assert {command[command.index("--lock-method") + 1] for command in with_alpha} == {"horiz", "mixandcat"}
@@ -414,6 +416,6 @@ def test_an_interrupt_ends_what_is_running_and_starts_no_more(work):
 
 def test_every_variant_is_one_that_train_knows(tmp_path):
     plain = flatten(config_of(tmp_path))
-    for name, keys in study.VARIANTS.items():
+    for name, keys in VARIANTS.items():
         changed = flatten(config_of(tmp_path, **{key: str(value) for key, value in keys.items()}))
         assert [key for key in changed if changed[key] != plain[key]] == list(keys), name
