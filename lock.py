@@ -29,7 +29,7 @@ from attack import attack
 from data import DATASETS, SPLITS, to_float, to_uint8
 from graphs import Compiled
 from lockfiles import Paths, sha256
-from methods import METHODS, attacks_of, combine, parameters_of, target_maps
+from methods import METHODS, attacks_of, combine, given_parameters, target_maps
 from models.base import FoldedClassifier, check_size, load_classifier
 from ranks import Ranks
 from utils import COMPILE, PRECISIONS, UserError, number, parse_seed, write_file
@@ -107,13 +107,11 @@ def lock_split(lock_one, images, labels, split, locks, args, device, ranks):
     if len(todo) < len(starts):
         ranks.say(f"{split}: going on after {len(starts) - len(todo)} of {len(starts)} batches")
     sizes = {start: min(args.batch_size, len(images) - start) for start, _ in todo}
-    evaluations = (args.attack_steps + 1) * sum(sizes[start] * len(attacks_of(methods)) for start, methods in todo)
     t0 = time.time()
     with tqdm(
         desc=split,
         unit="image",
-        total=evaluations,
-        unit_scale=sum(sizes.values()) / evaluations,
+        total=sum(sizes.values()),
         bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}",
         disable=ranks.rank > 0,
     ) as progress:
@@ -123,7 +121,8 @@ def lock_split(lock_one, images, labels, split, locks, args, device, ranks):
             if ranks.rank < len(together):
                 start, methods = together[ranks.rank]
                 batch = [tensor[start : start + sizes[start]].to(device) for tensor in (images, labels)]
-                advance = partial(progress.update, sum(sizes[start] for start, _ in together))
+                evaluations = (args.attack_steps + 1) * len(attacks_of(methods))  # of each image
+                advance = partial(progress.update, sum(sizes[start] for start, _ in together) / evaluations)
                 results, error = utils.attempt(lock_one, *batch, split, methods, advance)
             made = ranks.gather((results or {}, utils.environment(device)))
             ranks.on_rank0(shards.write_all, locks, split, [start for start, _ in together], made)
@@ -435,12 +434,7 @@ def complete_arguments(args):
         args.format = args.format or ["tensor"]
     methods = args.lock_method or ([] if args.unlock else ["basic"])
     args.lock_method = list(METHODS) if "all" in methods else list(dict.fromkeys(methods))
-    for name in ("alpha", "lambd"):
-        if getattr(args, name) is None:
-            setattr(args, name, 0.5)
-        elif name not in parameters_of(args.lock_method):
-            what = f"--lock-method {' '.join(args.lock_method)}" if args.lock_method else "--unlock"
-            raise UserError(f"--{name}: {what} has no use for it; leave it out")
+    vars(args).update({"alpha": 0.5, "lambd": 0.5} | given_parameters(args, args.lock_method))
     check_folders(args)
     return args
 

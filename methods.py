@@ -4,6 +4,8 @@ from fractions import Fraction
 
 import torch
 
+from utils import UserError
+
 # True class -> target class, in CIFAR-10's order. T2 keeps class 9 and T4 class 7, as the authors' do.
 TARGET_MAPS = {
     "T1": (8, 3, 1, 0, 2, 4, 9, 6, 7, 5),
@@ -30,6 +32,15 @@ def parameters_of(methods):
     sides = [METHODS[method] for method in methods]
     reads = {"alpha": any(len(each) == 2 for each in sides), "lambd": any(len(each[0]) == 2 for each in sides)}
     return [name for name, read in reads.items() if read]
+
+
+def given_parameters(args, methods):
+    """The parameters that flags give, by name; raises UserError for one that none of the methods reads."""
+    given = {name: value for name in ("alpha", "lambd") if (value := getattr(args, name)) is not None}
+    for name in given:
+        if name not in parameters_of(methods):
+            raise UserError(f"--{name}: name a --lock-method that it is for, or leave it out")
+    return given
 
 
 def target_maps(num_classes, seed):

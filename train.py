@@ -30,7 +30,7 @@ from config import KEYS, load_config
 from data import DATASETS, SPLITS, is_plain
 from graphs import Captured, Compiled
 from lockfiles import Paths, hash_tensor, load_locked, lock_suffix, parse_path, sha256
-from methods import METHODS, parameters_of
+from methods import METHODS, given_parameters
 from models import MODELS
 from utils import UserError, number
 
@@ -266,12 +266,7 @@ def parse_arguments():
 
 def name_lock(args, config):
     """Let the config name the locked files of --lock-method, --alpha and --lambd, in the folder of --lock-data."""
-    given = {name: value for name in ("alpha", "lambd") if (value := getattr(args, name)) is not None}
-    for name in given:
-        if not args.lock_method:
-            raise UserError(f"--{name} goes with --lock-method")
-        if name not in parameters_of([args.lock_method]):
-            raise UserError(f"--{name}: --lock-method {args.lock_method} has no use for it; leave it out")
+    given = given_parameters(args, [args.lock_method] if args.lock_method else [])
     for split, kind in itertools.product(SPLITS, ("image", "label")):
         key = f"locked_{split}_{kind}"
         path = Path(config[key])

@@ -29,7 +29,7 @@ import utils
 from experiments.pictures import plot_curves, plot_images
 from experiments.tables import gather, table
 from experiments.variants import VARIANTS
-from methods import METHODS, parameters_of
+from methods import METHODS, given_parameters, parameters_of
 from utils import UserError
 
 # Run
@@ -162,9 +162,7 @@ def complete_arguments(args, rest):
     for name, known in {"lock_method": METHODS, "variant": VARIANTS, "seed": []}.items():
         given = getattr(args, name)
         setattr(args, name, list(known if "all" in given else dict.fromkeys(given)))
-    for name in ("alpha", "lambd"):
-        if getattr(args, name) is not None and name not in parameters_of(filter(None, args.lock_method)):
-            raise UserError(f"--{name}: name a --lock-method that it is for, or leave it out")
+    given_parameters(args, filter(None, args.lock_method))
     for flag in flags:
         variant = next((name for name in args.variant if flag.removeprefix("--") in VARIANTS[name]), None)
         if variant:

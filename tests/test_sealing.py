@@ -230,7 +230,9 @@ def test_the_lock_of_a_method_is_unlocked(place, locked, command, user_error, tm
     for method, suffix in {"mixup": "50_mixup", "horiz": "50_horiz"}.items():
         line = user_error(lock.main, *unlock, "--lock-method", method)
         assert f"holds no sealed lock {suffix}; name another of 30_horiz, 50_horiz, basic by" in line
-    assert "--alpha: --unlock has no use for it" in user_error(lock.main, *unlock, "--alpha", 0.3)
+    assert "--alpha: name a --lock-method that it is for, or leave it out" in user_error(
+        lock.main, *unlock, "--alpha", 0.3
+    )
     assert "--verify only checks a lock" in user_error(lock.main, *unlock, "--verify", locked)
     command(lock.main, *unlock, "--lock-method", "basic", "--format", "tensor")
     assert len(torch.cat(torch.load(tmp_path / "out" / "train_image_original"))) == 64
