@@ -112,6 +112,7 @@ def lock_split(lock_one, images, labels, split, locks, args, device, ranks):
         desc=split,
         unit="image",
         total=sum(sizes.values()),
+        smoothing=0,  # between two attacks, and two batches, it stands still
         bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}",
         disable=ranks.rank > 0,
     ) as progress:
