@@ -37,8 +37,9 @@ def parameters_of(methods):
 def given_parameters(args, methods):
     """The parameters that flags give, by name; raises UserError for one that none of the methods reads."""
     given = {name: value for name in ("alpha", "lambd") if (value := getattr(args, name)) is not None}
+    read = parameters_of(methods)
     for name in given:
-        if name not in parameters_of(methods):
+        if name not in read:
             raise UserError(f"--{name}: name a --lock-method that it is for, or leave it out")
     return given
 

@@ -325,13 +325,14 @@ def test_mistakes(results, user_error, monkeypatch, tmp_path):
 
 def test_all_is_every_method_and_variant_and_each_run_may_go_on(monkeypatch, tmp_path):
     flags = ["--run", "--work-path", str(tmp_path), "--lock-method", "all", "--variant", "plain", "all"]
-    flags += ["--alpha", "0.3"]
+    flags += ["--alpha", "0.3", "--lambd", "0.4"]
     monkeypatch.setattr(sys, "argv", ["experiments", *flags])
     args, rest = study.parse_arguments()
     assert args.lock_method == list(METHODS) and args.variant == list(VARIANTS)
     assert all("--resume" in command for command in study.commands(args, rest))
-    with_alpha = [command for command in study.commands(args, rest) if "--alpha" in command]
-    assert {command[command.index("--lock-method") + 1] for command in with_alpha} == {"horiz", "mixandcat"}
+    for flag, methods in {"--alpha": {"horiz", "mixandcat"}, "--lambd": {"mixup", "mixandcat"}}.items():
+        given = [command for command in study.commands(args, rest) if flag in command]
+        assert {command[command.index("--lock-method") + 1] for command in given} == methods
 
 
 def test_every_combination_is_run_and_a_failure_costs_no_other_run(work, command, capsys):
