@@ -107,11 +107,11 @@ def lock_split(lock_one, images, labels, split, locks, args, device, ranks):
     if len(todo) < len(starts):
         ranks.say(f"{split}: going on after {len(starts) - len(todo)} of {len(starts)} batches")
     sizes = {start: min(args.batch_size, len(images) - start) for start, _ in todo}
-    t0 = time.time()
+    count, t0 = sum(sizes.values()), time.time()
     with tqdm(
         desc=split,
         unit="image",
-        total=sum(sizes.values()),
+        total=count,
         smoothing=0,  # between two attacks, and two batches, it stands still
         bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}",
         disable=ranks.rank > 0,
@@ -128,7 +128,7 @@ def lock_split(lock_one, images, labels, split, locks, args, device, ranks):
             made = ranks.gather((results or {}, utils.environment(device)))
             ranks.on_rank0(shards.write_all, locks, split, [start for start, _ in together], made)
             ranks.abort_if_any(error)  # only now: the others' batches are written
-    seconds, count = time.time() - t0, sum(sizes.values())
+    seconds = time.time() - t0
     ranks.say(f"{split}: {count} images in {seconds:.0f} s, {count / seconds:.1f} a second")
 
 
