@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import utils
-from experiments.tables import control_of, tell_apart
+from experiments.tables import control_of, lock_settings, tell_apart
 from utils import UserError
 
 
@@ -85,8 +85,7 @@ def images_by_lock(groups):
     locks, found, originals = {}, {}, None
     for group in sorted(groups, key=lambda group: any(key.startswith("preprocess.") for key in group[0]["settings"])):
         name = "{dataset}, {method} ({lock_name})".format(**group[0])
-        # lock.eps and so on, or locked_train_image where there is no manifest
-        settings = {key: value for key, value in group[0]["settings"].items() if key.startswith("lock")}
+        settings = lock_settings(group[0])
         file = next((file for result in group if (file := result["folder"] / "images.png").exists()), None)
         if file:
             locks.setdefault(json.dumps([name, settings], sort_keys=True), (name, settings, file))

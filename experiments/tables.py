@@ -134,6 +134,11 @@ def method_of(result):
     return result["lock_method"] + "".join(parameters)
 
 
+def lock_settings(result):
+    """What a result's lock is, as a flat dict: its settings, or where it has no manifest, where its files lie."""
+    return {key: value for key, value in result["settings"].items() if key.startswith("lock")}
+
+
 def lock_of(result):
     """The base classifier of a result's lock, with the start of its checkpoint's SHA-256, eps, steps, and how many
     images it has to train on."""
@@ -169,22 +174,34 @@ def mean_std(values):
 
 def table(groups):
     """The accuracies of every group, as a table in Markdown: after the last epoch, and the best on original images on
-    the way, which is what stopping there would have given."""
+    the way, which is what stopping there would have given; and those of its control."""
     columns = "data set", "model", "method", "variant", "lock", "epochs", "runs", "original, %"
-    columns += "best original, %", "locked, %", "paper, original / locked"
+    columns += "best original, %", "locked, %", "control, original / locked", "paper, original / locked"
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for group in groups:
         first, paper = group[0], group[0]["paper"]
         cells = [first[key] for key in ("dataset", "architecture", "method", "label", "lock_name", "epochs")]
         cells.append(len(group))
         cells += [mean_std([result[key] for result in group]) for key in ("orig_acc", "max_orig_acc", "locked_acc")]
+        cells.append(control_accuracies(first, groups))
         cells.append(f"{paper[0]:.2f} / {paper[1]:.2f}" if paper else "")
         lines.append(f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |")
     return "\n".join(lines)
 
 
 def control_of(result, groups):
-    """The group that was trained as a result was, but on original images, whatever lock it was tested on; None where
-    there is no such group, or where the result is a control itself."""
-    wanted = result["training"] | VARIANTS["control"]
-    return next((group for group in groups if result["training"] != wanted == group[0]["training"]), None)
+    """The group that was trained as a result was, but on original images: one that was tested on the same lock, if
+    there is one, or else on any; None where there is no such group, or where the result is a control itself."""
+    wanted, lock = result["training"] | VARIANTS["control"], lock_settings(result)
+    found = [group for group in groups if result["training"] != wanted == group[0]["training"]]
+    return max(found, key=lambda group: lock_settings(group[0]) == lock, default=None)
+
+
+def control_accuracies(result, groups):
+    """The accuracies of a result's control, as text: on original images, and where it was tested on the same lock, on
+    locked ones; '' without a control."""
+    control = control_of(result, groups)
+    if not control:
+        return ""
+    keys = ("orig_acc", "locked_acc") if lock_settings(control[0]) == lock_settings(result) else ("orig_acc",)
+    return " / ".join(mean_std([each[key] for each in control]) for key in keys)
