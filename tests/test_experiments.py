@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from queue import SimpleQueue
+from statistics import mean
 from threading import Event
 from types import SimpleNamespace
 
@@ -293,6 +294,25 @@ def test_the_readmes_say_what_the_results_say():
         if cell
     }
     assert papers == {key: f"{orig:.2f} / {locked:.2f}" for key, (orig, locked) in tables.PAPER.items()}
+
+
+def test_the_readme_says_what_controls_lose():
+    """By how much locked images mislead each control, and what the lock takes, where both are of the same lock."""
+    groups, expected = tables.gather([ROOT / "results"]), []
+    for group in groups:
+        first, control = group[0], tables.control_of(group[0], groups)
+        if not control or tables.lock_settings(control[0]) != tables.lock_settings(first):
+            continue
+        if first["name"] in ("cutout", "mixup", "cutmix"):  # their controls are trained without
+            continue
+        original, locked = (mean(result[key] for result in control) for key in ("orig_acc", "locked_acc"))
+        taken = original - mean(result["orig_acc"] for result in group)
+        folder = next(part for part in first["folder"].relative_to(ROOT / "results").parts if part != "cifar10")
+        words = [f"`{folder}`", first["architecture"], f"`{first['method']}`", first["name"] and f"`{first['name']}`"]
+        name = ", ".join(word for word in words if word and word != "`basic`")
+        expected.append((original - locked, [name, f"{original - locked:.1f}", f"{taken:.1f}"]))
+    rows = table_rows((ROOT / "results" / "README.md").read_text())
+    assert [row for header, row in rows if header[1] == "a control loses"] == [row for _, row in sorted(expected)]
 
 
 def test_mistakes(results, user_error, monkeypatch, tmp_path):
