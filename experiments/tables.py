@@ -139,6 +139,11 @@ def lock_settings(result):
     return {key: value for key, value in result["settings"].items() if key.startswith("lock")}
 
 
+def same_lock(one, other):
+    """Whether two results are of the same lock."""
+    return lock_settings(one) == lock_settings(other)
+
+
 def lock_of(result):
     """The base classifier of a result's lock, with the start of its checkpoint's SHA-256, eps, steps, and how many
     images it has to train on."""
@@ -192,9 +197,9 @@ def table(groups):
 def control_of(result, groups):
     """The group that was trained as a result was, but on original images: one that was tested on the same lock, if
     there is one, or else on any; None where there is no such group, or where the result is a control itself."""
-    wanted, lock = result["training"] | VARIANTS["control"], lock_settings(result)
+    wanted = result["training"] | VARIANTS["control"]
     found = [group for group in groups if result["training"] != wanted == group[0]["training"]]
-    return max(found, key=lambda group: lock_settings(group[0]) == lock, default=None)
+    return max(found, key=lambda group: same_lock(group[0], result), default=None)
 
 
 def control_accuracies(result, groups):
@@ -203,5 +208,5 @@ def control_accuracies(result, groups):
     control = control_of(result, groups)
     if not control:
         return ""
-    keys = ("orig_acc", "locked_acc") if lock_settings(control[0]) == lock_settings(result) else ("orig_acc",)
+    keys = ("orig_acc", "locked_acc") if same_lock(control[0], result) else ("orig_acc",)
     return " / ".join(mean_std([each[key] for each in control]) for key in keys)
