@@ -1,5 +1,5 @@
 """The architectures that train.py trains: CIFAR-ZOO's AlexNet, VGG, ResNet, PreResNet and DenseNet-BC, torchvision's
-vision transformer (Dosovitskiy et al., 2021) made small, and torchvision's classifiers as they are.
+ResNet-18 and vision transformer (Dosovitskiy et al., 2021) made small, and torchvision's classifiers as they are.
 """
 
 from functools import partial
@@ -10,7 +10,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from models.alexnet import AlexNet
 from models.densenet import DenseNet
-from models.resnet import ResNet
+from models.resnet import ResNet, resnet18
 from models.vgg import VGG
 
 MODELS = {
@@ -19,6 +19,7 @@ MODELS = {
     "vgg13": partial(VGG, 13),
     "vgg16": partial(VGG, 16),
     "vgg19": partial(VGG, 19),
+    "resnet18": resnet18,
     "resnet20": partial(ResNet, 20),
     "resnet32": partial(ResNet, 32),
     "resnet44": partial(ResNet, 44),

@@ -1,5 +1,8 @@
-"""CIFAR ResNets of depth 6n+2 (He et al., 2016a) and their pre-activation form (He et al., 2016b)."""
+"""CIFAR ResNets of depth 6n+2 (He et al., 2016a), their pre-activation form (He et al., 2016b), and ResNet-18, the one
+for photographs, as it is usual for images of 32x32 pixels.
+"""
 
+import torchvision
 from torch import nn
 
 from models.layers import conv1x1, conv3x3, init_he
@@ -72,3 +75,14 @@ class ResNet(nn.Module):
         else:
             x = self.blocks(self.relu(self.bn(x)))
         return self.fc(self.pool(x).flatten(1))
+
+
+def resnet18(num_classes=10):
+    """torchvision's ResNet-18, but its first convolution is 3x3 with stride 1, and no pooling follows it.
+
+    Maps images [N, 3, H, W] to logits [N, num_classes], by the same layers as robustness' resnet18.
+    """
+    model = torchvision.models.resnet18(num_classes=num_classes)
+    model.conv1, model.maxpool = conv3x3(3, 64), nn.Identity()
+    init_he(model)
+    return model

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from robustness import cifar_models
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,6 +16,7 @@ from models.resnet import BasicBlock
 PARAMETERS = {
     "alexnet": 2_472_266,
     "vgg19": 20_040_522,
+    "resnet18": 11_173_962,
     "preresnet20": 272_282,
     "preresnet110": 1_730_522,
     "resnet110": 1_730_714,
@@ -45,6 +47,14 @@ def test_a_name_tells_kind_and_depth(name):
     assert getattr(model, "preact", False) == (kind == "preresnet")
 
 
+def test_resnet18_computes_what_robustness_resnet18_does():
+    ours, reference = MODELS["resnet18"](num_classes=10).eval(), cifar_models.resnet18().eval()
+    weights = ours.state_dict().values()
+    reference.load_state_dict(dict(zip(reference.state_dict(), weights, strict=True)))
+    images = torch.rand(4, 3, 32, 32)
+    torch.testing.assert_close(ours(images), reference(images))
+
+
 def test_a_residual_block_ends_in_its_relu():
     assert (BasicBlock(4, 4, stride=1)(torch.randn(2, 4, 8, 8)) >= 0).all()
 
@@ -68,7 +78,7 @@ def test_strides_poolings_and_relus(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["alexnet", "vgg11", "resnet20", "preresnet8", "densenet100bc", "mobilenet_v2", "torchvision/efficientnet_b0"],
+    ["alexnet", "vgg11", "resnet18", "preresnet8", "densenet100bc", "mobilenet_v2", "torchvision/efficientnet_b0"],
 )
 def test_logits_of_any_size_and_gradients_everywhere(name):
     model = MODELS[name](num_classes=7)
