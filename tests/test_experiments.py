@@ -310,7 +310,7 @@ def test_the_readme_says_what_controls_lose():
         folder = next(part for part in first["folder"].relative_to(ROOT / "results").parts if part != "cifar10")
         words = [f"`{folder}`", first["architecture"], f"`{first['method']}`", first["name"] and f"`{first['name']}`"]
         name = ", ".join(word for word in words if word and word != "`basic`")
-        # what both READMEs say of all of them
+        # what is said of all of them there
         assert taken < 6 if lost <= 2.01 else taken > 20.5 if lost >= 8 else 2 < taken < 72
         expected.append((lost, [name, f"{lost:.1f}", f"{taken:.1f}"]))
     assert len(expected) == 34

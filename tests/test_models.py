@@ -78,8 +78,9 @@ def test_strides_poolings_and_relus(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["alexnet", "vgg11", "resnet18", "preresnet8", "densenet100bc", "mobilenet_v2", "torchvision/efficientnet_b0"],
-)
+    ["alexnet", "vgg11", "resnet18", "resnet20", "preresnet8", "densenet100bc", "mobilenet_v2",
+     "torchvision/efficientnet_b0"],
+)  # fmt: skip
 def test_logits_of_any_size_and_gradients_everywhere(name):
     model = MODELS[name](num_classes=7)
     for size in (32, 48, 64) if name in ("alexnet", "vgg11") else (8, 32, 48, 64):
