@@ -470,7 +470,7 @@ def test_the_commands_of_the_readmes_are_understood(monkeypatch):
         "-m models.base": lambda: base.parse_arguments(base.import_robustness()),
         "-m experiments": parse_experiments,
     }
-    text = "".join((ROOT / name).read_text() for name in ("README.md", "results/README.md")).replace("\\\n", " ")
+    text = "".join((ROOT / name).read_text() for name in ("README.md", "results/README.md"))
     commands = re.findall(r"^python (lock\.py|train\.py|-m models\.base|-m experiments) (.*)$", text, re.MULTILINE)
     assert len(commands) > 40
     for script, flags in commands:
