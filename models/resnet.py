@@ -80,7 +80,8 @@ class ResNet(nn.Module):
 def resnet18(num_classes=10):
     """torchvision's ResNet-18, but its first convolution is 3x3 with stride 1, and no pooling follows it.
 
-    Maps images [N, 3, H, W] to logits [N, num_classes], by the same layers as robustness' resnet18.
+    Maps images [N, 3, H, W] to logits [N, num_classes], by the same layers as robustness' resnet18. Their weights begin
+    as those of the models above.
     """
     model = torchvision.models.resnet18(num_classes=num_classes)
     model.conv1, model.maxpool = conv3x3(3, 64), nn.Identity()

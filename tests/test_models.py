@@ -16,7 +16,6 @@ from models.resnet import BasicBlock
 PARAMETERS = {
     "alexnet": 2_472_266,
     "vgg19": 20_040_522,
-    "resnet18": 11_173_962,
     "preresnet20": 272_282,
     "preresnet110": 1_730_522,
     "resnet110": 1_730_714,
@@ -24,6 +23,7 @@ PARAMETERS = {
     "densenet190bc": 25_624_430,
     "mobilenet_v2": 2_236_682,
     "vit": 3_195_146,
+    "resnet18": 11_173_962,
     "torchvision/resnet18": 11_181_642,
     "torchvision/vit_b_16": 85_806_346,
 }
@@ -89,7 +89,7 @@ def test_logits_of_any_size_and_gradients_everywhere(name):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["vgg11", "resnet20", "preresnet20"])
+@pytest.mark.parametrize("name", ["vgg11", "resnet18", "resnet20", "preresnet20"])
 def test_he_initialisation(name):
     for module in MODELS[name](num_classes=10).modules():
         if isinstance(module, nn.Conv2d) and module.weight.numel() > 10_000:
