@@ -11,6 +11,9 @@ from utils import UserError, first_line, memory_is_full
 if hasattr(functorch_config, "force_non_lazy_backward_lowering"):
     # the gradient is compiled together with the function, so that what fails there fails where it is caught
     functorch_config.force_non_lazy_backward_lowering = True
+if hasattr(torch.compiler.config, "force_cudagraph_gc"):
+    # torch 2.9 and newer no longer collect garbage before they record a graph: see no_garbage
+    torch.compiler.config.force_cudagraph_gc = True
 
 
 class Compiled:
@@ -19,22 +22,28 @@ class Compiled:
     Batches of another size, such as the last one of a data set, and those without gradients go through the function
     itself: compiling once more would take longer than that. Where torch.compile fails, it says so once, and everything
     goes through the function; but where the memory is full, or a CUDA graph is being recorded, the error is raised.
-    Given to a module in place of its forward, it leaves all else about the module as it is. mode is torch.compile's.
+    Given to a module in place of its forward, it leaves all else about the module as it is. mode is torch.compile's;
+    with one that records CUDA graphs, a call that fails after others worked raises UserError: torch has left the stream
+    and its memory as they are in a recording.
     """
 
     def __init__(self, function, batch_size, say=print, mode=None):
         self.function, self.batch_size, self.say, self.mode = function, batch_size, say, mode
-        self.compiled, self.failed = None, False
+        self.compiled, self.worked, self.failed = None, False, False
 
     def __call__(self, images, *args, **kwargs):
         if not self.failed and torch.is_grad_enabled() and len(images) == self.batch_size:
             try:  # torch.compile itself refuses a Python that is newer than it
                 self.compiled = self.compiled or torch.compile(self.function, dynamic=False, mode=self.mode)
-                return self.compiled(images, *args, **kwargs)
+                outputs = self.compiled(images, *args, **kwargs)
+                self.worked = True
+                return outputs
             except Exception as error:  # no C++ compiler, or one of many other reasons that need not stop the work
                 recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
                 if recording or memory_is_full(error):
                     raise
+                if self.mode and self.worked:
+                    raise not_recorded(error) from error
                 reason = first_line(getattr(error, "inner_exception", error))
                 self.say(f"torch.compile failed ({reason}): going on without")
                 self.failed = True
@@ -43,15 +52,19 @@ class Compiled:
 
 @contextmanager
 def no_garbage():
-    """Collect garbage now, and none meanwhile: a graph or kernel that is freed during a recording ends it."""
+    """Collect no garbage meanwhile: a graph or kernel that is freed during a recording ends it."""
     enabled = gc.isenabled()
-    gc.collect()  # torch no longer does it
     gc.disable()
     try:
         yield
     finally:
         if enabled:
             gc.enable()
+
+
+def not_recorded(error):
+    """A UserError for an error that ended the recording of a CUDA graph."""
+    return UserError(f"a CUDA graph could not be recorded ({first_line(error)}); set compile to never")
 
 
 class Captured:
@@ -103,6 +116,5 @@ class Captured:
             cause = error.__context__ or error  # the error at the end of a recording hides the one that ended it
             if memory_is_full(cause):
                 raise cause
-            reason = first_line(cause)
-            raise UserError(f"a CUDA graph could not be recorded ({reason}); set compile to never") from error
+            raise not_recorded(cause) from error
         self.graph = graph

@@ -108,8 +108,8 @@ def memory_is_full(error):
     """Whether an error says that a GPU or a CPU has no memory left, for a tensor or for anything else."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
-    # what CUDA, cuBLAS and cuDNN need for themselves, and a CPU's tensors, are plain RuntimeErrors
-    said = "CUDA out of memory", "CUDA error: out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "DefaultCPUAllocator"
+    # what CUDA, cuBLAS, cuDNN and Triton need for themselves, and a CPU's tensors, are plain RuntimeErrors
+    said = "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "DefaultCPUAllocator"
     return any(words in str(error) for words in said)
 
 

@@ -315,6 +315,7 @@ def test_training_goes_on_from_pretrained_weights(place, work, command, user_err
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
         MemoryError(),
     ],
     ids=lambda error: f"{error!r:.40}",

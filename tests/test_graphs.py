@@ -252,6 +252,26 @@ def test_a_python_that_torch_compile_refuses(monkeypatch):
     assert all(torch.equal(compiled(images), model(images)) for _ in range(2)) and len(said) == 1
 
 
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_a_failure_after_others_worked(monkeypatch, mode):
+    """With that mode, the second call records a CUDA graph; what a recording leaves behind when it fails, is broken."""
+    forward, images, said = nn.Conv2d(3, 2, 3).forward, torch.rand(1, 3, 8, 8), []
+    outcomes = iter([forward, partial(fails, forward)])
+    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda *args: next(outcomes)(*args))
+    compiled = Compiled(forward, 1, said.append, mode)
+    assert torch.equal(compiled(images), forward(images)) and not said
+    if mode:
+        with pytest.raises(UserError, match="not be recorded .*Failed to find C compiler.* set compile to never"):
+            compiled(images)
+    else:
+        assert torch.equal(compiled(images), forward(images)) and len(said) == 1
+
+
+def test_garbage_is_collected_before_a_recording():
+    """By torch itself, of itself only up to 2.8."""
+    assert getattr(torch.compiler.config, "force_cudagraph_gc", True)
+
+
 def test_a_failure_to_compile_ends_a_recording(monkeypatch):
     """Going on without, as elsewhere, would record the slower step for good."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: partial(fails, function))
