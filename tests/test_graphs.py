@@ -254,7 +254,7 @@ def test_a_python_that_torch_compile_refuses(monkeypatch):
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_a_failure_after_others_worked(monkeypatch, mode):
-    """With that mode, the second call records a CUDA graph; what a recording leaves behind when it fails, is broken."""
+    """With that mode, the second call records a CUDA graph; what a recording that fails leaves behind is broken."""
     forward, images, said = nn.Conv2d(3, 2, 3).forward, torch.rand(1, 3, 8, 8), []
     outcomes = iter([forward, partial(fails, forward)])
     monkeypatch.setattr(torch, "compile", lambda function, **options: lambda *args: next(outcomes)(*args))
