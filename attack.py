@@ -16,7 +16,7 @@ def gradient_of(losses, logits, x):
     As in loss scaling (Micikevicius et al., 2018), each image's gradient at its logits is scaled to norm 1 on its way
     through the network, and scaled back after it: in float16, that of a loss of 1e-5 would underflow to 0.
     """
-    (logit_gradient,) = torch.autograd.grad(losses.sum(), logits, retain_graph=True)
+    (logit_gradient,) = torch.autograd.grad(losses.sum(), logits)
     scale = logit_gradient.norm(dim=1, keepdim=True).clamp(min=torch.finfo(logit_gradient.dtype).tiny)
     (gradient,) = torch.autograd.grad(logits, x, logit_gradient / scale)
     return gradient * scale[:, :, None, None]
