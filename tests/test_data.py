@@ -17,9 +17,10 @@ import data
 import lock
 import lockfiles
 import train
+from augmentation import preprocess
 from data import to_float
 from models import base
-from tests.conftest import ROOT, base_flags, call, manifest_of, run_of
+from tests.conftest import ROOT, base_flags, call, config_of, manifest_of, run_of
 from utils import UserError
 
 # A PNG of 1x1 pixels with 16 bits a colour, which Pillow reads, but cannot write.
@@ -144,6 +145,13 @@ def test_what_cannot_be_read(folder, spoil, message):
     with pytest.raises(UserError, match=message) as error:
         data.load_folder(folder, "test")
     assert "\n" not in str(error.value)
+
+
+def test_the_smallest_images_can_be_blurred_most(tmp_path):
+    for name in ("train/cat/a.png", "test/cat/b.png"):
+        write(tmp_path, name, Image.new("RGB", (8, 8), "white"))
+    images = data.load_folder(tmp_path, "train").images
+    assert torch.equal(preprocess(images, config_of(tmp_path, **{"preprocess.blur": "2.0"})), images)
 
 
 def test_images_too_many_for_the_memory(folder, monkeypatch):
