@@ -115,15 +115,13 @@ def test_preprocessing(tmp_path):
     assert torch.equal(functional.pil_to_tensor(Image.open(file)), preprocessed("jpeg_quality", "10", ramps)[1])
     dot, line = torch.zeros(2, 1, 3, 15, 15, dtype=torch.uint8)
     dot[..., 7, 7] = line[..., 7] = 255
-    gauss = torch.exp(-((torch.arange(15) - 7.0) ** 2) / 2)
-    expected = 255 * torch.outer(gauss, gauss) / gauss.sum() ** 2
-    blurred = preprocessed("blur", "1.0", dot)
-    torch.testing.assert_close(blurred.float(), expected.expand(1, 3, 15, 15), atol=1, rtol=0)
-    blurred = preprocessed("blur", "1.0", line)  # which is bright enough to show the ends of the kernel
-    torch.testing.assert_close(blurred.float(), expected.sum(0).expand(1, 3, 15, 15), atol=0.6, rtol=0)
-    wide = torch.exp(-((torch.arange(15) - 7.0) ** 2) / 8)
-    blurred = preprocessed("blur", "2.0", line)
-    torch.testing.assert_close(blurred.float(), (255 * wide / wide.sum()).expand(1, 3, 15, 15), atol=0.6, rtol=0)
+    for deviation in (1.0, 2.0):
+        gauss = torch.exp(-((torch.arange(15) - 7.0) ** 2) / (2 * deviation**2))
+        expected = 255 * torch.outer(gauss, gauss) / gauss.sum() ** 2
+        blurred = preprocessed("blur", str(deviation), dot)
+        torch.testing.assert_close(blurred.float(), expected.expand(1, 3, 15, 15), atol=1, rtol=0)
+        blurred = preprocessed("blur", str(deviation), line)  # which is bright enough to show the ends of the kernel
+        torch.testing.assert_close(blurred.float(), expected.sum(0).expand(1, 3, 15, 15), atol=0.6, rtol=0)
     large = torch.randint(256, (5, 3, 700, 700), dtype=torch.uint8)  # blurred in parts
     alone = [preprocessed("blur", "1.0", image[None]) for image in large]
     assert torch.equal(preprocessed("blur", "1.0", large), torch.cat(alone))
