@@ -62,11 +62,11 @@ def snapshot(learner, epoch, history, config, data_hash):
 def write_checkpoint(checkpoint, state, is_best):
     """Write a snapshot as the last checkpoint, and as the best one if it is; that of the epoch before is kept too."""
     content = serialize(state)
-    if is_best:  # the best first: were it second, a run stopped between the two would never write it
-        write_file(beside(checkpoint, "best"), content)
     if checkpoint.exists():
         os.replace(checkpoint, beside(checkpoint, "previous"))
     write_file(checkpoint, content)
+    if is_best:  # not before: an epoch that is trained again may end otherwise on a GPU
+        write_file(beside(checkpoint, "best"), content)
 
 
 @contextmanager
@@ -119,6 +119,8 @@ def read_checkpoint(checkpoint, log):
         log(f"resumed after epoch {state['epoch']}, from {path}")
         if damaged:
             checkpoint.unlink()  # so that it never takes the place of the one before
+        if best_record(json.loads(state["history"]))["epoch"] == state["epoch"]:
+            write_file(beside(checkpoint, "best"), path.read_bytes())  # the run may have been stopped before this
         return state
     if damaged:
         raise UserError(f"{damaged}, and there is no other; start again with --overwrite")

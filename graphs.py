@@ -12,7 +12,8 @@ if hasattr(functorch_config, "force_non_lazy_backward_lowering"):
     # the gradient is compiled together with the function, so that what fails there fails where it is caught
     functorch_config.force_non_lazy_backward_lowering = True
 if hasattr(torch.compiler.config, "force_cudagraph_gc"):
-    # torch 2.9 and newer no longer collect garbage before they record a graph: see no_garbage
+    # torch 2.9 and newer no longer collect garbage before they record a graph: see no_garbage. (In some versions this
+    # holds in this thread only; a backward pass is recorded in another, but right after the forward pass in this one.)
     torch.compiler.config.force_cudagraph_gc = True
 
 

@@ -46,8 +46,6 @@ class Ranks:
 
     def everywhere(self, function, *args):
         """What function(*args) returns, called on every rank; an error on any of them is told once, and ends all."""
-        if self.world_size == 1:
-            return function(*args)
         value, error = utils.attempt(function, *args)
         self.abort_if_any(error)
         return value

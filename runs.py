@@ -15,7 +15,7 @@ from torch.utils.tensorboard.summary import hparams
 from torchvision.utils import make_grid, save_image
 
 import utils
-from checkpoints import beside, best_record
+from checkpoints import best_record
 from config import FREE_ON_RESUME, changes
 from data import to_float
 from lockfiles import parse_suffix
@@ -39,9 +39,8 @@ def prepare_folder(folder, args):
 
 def check_fresh(folder, checkpoint):
     """Raise UserError where --resume finds no checkpoint, but results, which starting again would overwrite."""
-    alone = beside(checkpoint, "best")  # a run that was stopped in its first epoch may have just this one
     for path in [folder / "result.json", *folder.rglob("*.pth.tar")]:
-        if path.exists() and path != alone:
+        if path.exists():
             raise UserError(
                 f"--resume: there is {path}, but no {checkpoint} to go on from; start again with --overwrite"
             )

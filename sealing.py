@@ -31,7 +31,8 @@ def read_key(path):
     except ValueError:  # also for a file that is no text
         key = b""
     if len(key) != KEY_BYTES:
-        raise UserError(f"{path}: not a key file: expected {2 * KEY_BYTES} hexadecimal digits")
+        remedy = "" if Path(path).stat().st_size else "; it is empty, as a power cut may leave a new one: delete it"
+        raise UserError(f"{path}: not a key file: expected {2 * KEY_BYTES} hexadecimal digits{remedy}")
     return key
 
 

@@ -445,5 +445,5 @@ def main():
 
 if __name__ == "__main__":
     utils.run_command(
-        main, if_interrupted="the same command with --resume, not --overwrite, goes on after the last whole epoch"
+        main, if_interrupted="once an epoch is done, the same command with --resume, not --overwrite, goes on after it"
     )

@@ -1,9 +1,11 @@
 """The checkpoints of a training run: what they keep, the order in which they are written, and what is refused."""
 
 import errno
+import itertools
 import json
 import os
 import threading
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -83,7 +85,8 @@ def test_a_checkpoint_of_something_else(tmp_path):
 
 def test_a_run_goes_on_from_the_checkpoint_before_alone(tmp_path):
     path = tmp_path / "ckpt.pth.tar"
-    torch.save(dict.fromkeys(checkpoints.CHECKPOINT_KEYS, 1), checkpoints.beside(path, "previous"))
+    state = dict.fromkeys(checkpoints.CHECKPOINT_KEYS, 1) | {"history": '[{"epoch": 1, "locked_acc": 50}]'}
+    torch.save(state, checkpoints.beside(path, "previous"))
     assert checkpoints.is_begun(path) and checkpoints.read_checkpoint(path, log=print)["epoch"] == 1
 
 
@@ -142,11 +145,32 @@ def test_what_a_run_may_change(tmp_path):
         checkpoints.restore(state, learner, config_of(tmp_path, batch_size="7"), "")
 
 
-def test_the_best_checkpoint_is_written_first(tmp_path, monkeypatch):
-    written = []
-    monkeypatch.setattr(checkpoints, "write_file", lambda path, content: written.append(path.name))
-    checkpoints.write_checkpoint(tmp_path / "ckpt.pth.tar", {}, is_best=True)
-    assert written == ["ckpt_best.pth.tar", "ckpt.pth.tar"]
+@pytest.mark.parametrize("stopped_after", range(4))
+def test_the_best_checkpoint_is_the_best_of_those_kept(tmp_path, monkeypatch, stopped_after):
+    """Whichever write the run was stopped after, and also where an epoch, trained again, is not the best any more."""
+    path, history, learner, writes = tmp_path / "ckpt.pth.tar", [], learner_of(nn.Linear(1, 1), lr=0), itertools.count()
+    write = checkpoints.write_file
+
+    def write_or_stop(*args):
+        if next(writes) == stopped_after:
+            raise KeyboardInterrupt
+        write(*args)
+
+    def keep(epoch, accuracy):
+        history.append({"epoch": epoch, "locked_acc": accuracy})
+        checkpoints.keep_epoch(lambda function, *args: function(*args), path, learner, history, {}, "", epoch)
+
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(checkpoints, "write_file", write_or_stop)
+        keep(1, 50.0)
+        keep(2, 51.0)
+    state = checkpoints.read_checkpoint(path, log=print)
+    assert (state["epoch"] if state else 0) == (stopped_after + 1) // 2
+    history[:] = json.loads(state["history"]) if state else []
+    if len(history) < 2:
+        keep(len(history) + 1, 49.0)
+    best = checkpoints.load_whole(checkpoints.beside(path, "best"))
+    assert best["epoch"] == checkpoints.best_record(history)["epoch"]
 
 
 def test_a_model_begins_with_pretrained_weights(tmp_path):

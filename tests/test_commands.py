@@ -234,8 +234,8 @@ def test_a_run_without_checkpoints_is_not_started_again(place, work, locked, com
     (folder / "result.json").rename(folder / "kept")
     assert f"{folder}/ckpt" in user_error(train.main, *run, "--resume", "--ckpt_name", "other")
     (folder / "ckpt.pth.tar").unlink()
-    command(train.main, *run, "--resume")  # as if it had been stopped while it wrote its first checkpoints
-    assert (folder / "result.json").exists()
+    line = user_error(train.main, *run, "--resume")
+    assert f"{folder}/ckpt_best.pth.tar, but no {folder}/ckpt.pth.tar" in line
 
 
 def test_a_result_is_written_last(work, user_error, monkeypatch):

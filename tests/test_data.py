@@ -229,13 +229,16 @@ def test_the_three_commands_and_back(digits, command, user_error, tmp_path):
 
 def test_the_script_of_the_readme_scales_images(monkeypatch, tmp_path):
     readme = (ROOT / "README.md").read_text()
-    script = re.search(r'python -c "(\nfrom pathlib.*?)"\n', readme, re.DOTALL)[1]
+    script = re.search(r'python -c "(\n[^\n]*from pathlib.*?)"\n', readme, re.DOTALL)[1]
     for split in data.SPLITS:
         write(tmp_path, f"originals/{split}/cat/a.jpg", Image.new("RGB", (90, 70)))
         (tmp_path / "originals" / split / "cat" / "._a.jpg").touch()
     monkeypatch.chdir(tmp_path)
     exec(script, {})
     assert data.load_folder("photos", "train").images.shape == (1, 3, 64, 64)
+    write(tmp_path, "originals/test/cat/b.png", Image.new("I;16", (90, 70), 1000))  # Pillow itself makes it white
+    with pytest.raises(UserError, match="convert it to 8-bit RGB or grey"):
+        exec(script, {})
 
 
 def test_mistakes_with_a_folder(digits, user_error, monkeypatch, tmp_path):

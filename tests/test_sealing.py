@@ -141,8 +141,9 @@ def test_a_key_file_is_private_and_never_replaced(tmp_path):
     assert len(fingerprints | {sealing.fingerprint(key)}) == 33 and sealing.fingerprint(key) not in key.hex()
     for content in (b"", b"abc", b"\xff\xfe", key.hex().encode()[:-2], key.hex().encode() + b"00"):
         path.write_bytes(content)
-        with pytest.raises(UserError, match="key: not a key file: expected 64 hexadecimal digits"):
+        with pytest.raises(UserError, match="key: not a key file: expected 64 hexadecimal digits") as error:
             sealing.make_key(path)
+        assert ("delete it" in str(error.value)) == (content == b"")
         assert path.read_bytes() == content
 
 
