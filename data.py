@@ -3,6 +3,7 @@
 import io
 import itertools
 import os
+import unicodedata
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -96,8 +97,11 @@ def load_folder(root, split):
     size = read_image(first).shape
     if min(size[1:]) < 8:
         raise UserError(f"{first}: {size[2]}x{size[1]} pixels are too few; take images of at least 8x8")
+    pngs = {path: Path(path).relative_to(folder).with_suffix(".png") for path, _ in files.samples}
+    # by the names that they get, so that a locked or an unlocked folder is read in the order of its originals
+    samples = sorted(files.samples, key=lambda sample: (sample[1], str(pngs[sample[0]].parent), pngs[sample[0]].name))
     nth = defaultdict(itertools.count)
-    samples = sorted(files.samples, key=lambda sample: next(nth[sample[1]]))  # sorted is stable: class by class
+    samples.sort(key=lambda sample: next(nth[sample[1]]))  # a stable sort: class by class
     try:
         images = torch.empty(len(samples), *size, dtype=torch.uint8)
     except RuntimeError as error:
@@ -109,11 +113,12 @@ def load_folder(root, split):
             found, expected = (f"{shape[2]}x{shape[1]}" for shape in (image.shape, size))
             raise UserError(f"{path}: is {found} pixels, but {first} is {expected}; bring all images to one size")
         images[index] = image
-    names = [Path(path).relative_to(folder).with_suffix(".png").as_posix() for path, _ in samples]
+    names = [pngs[path].as_posix() for path, _ in samples]
     colon = next((name for name in names if ":" in name), None)
     if colon:
         raise UserError(f"{folder}: {colon} has a colon in its name, which Windows does not take; rename it")
-    check_names(names, files.classes, folder, fold=str.lower)  # to macOS and Windows, a capital is a small letter
+    # to macOS and Windows, a capital is a small letter, and to macOS an accent with or in its letter the same
+    check_names(names, files.classes, folder, fold=lambda name: unicodedata.normalize("NFC", name).lower())
     return Split(images, torch.tensor([label for _, label in samples]), files.classes, names)
 
 
@@ -151,10 +156,18 @@ class VisibleFolder(ImageFolder):
 
 
 def list_images(folder):
-    """An ImageFolder of PNG and JPEG; raises UserError for any other file that is not hidden."""
+    """An ImageFolder of PNG and JPEG; raises UserError for any other file that is not hidden, and OSError where a
+    folder cannot be read."""
+
+    def hidden(path):
+        return any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
+
+    def unreadable(error):  # torchvision would leave it out
+        if not hidden(error.filename):
+            raise error
 
     def is_image(path):
-        if any(part.startswith(".") for part in Path(path).relative_to(folder).parts):
+        if hidden(path):
             return False
         if Path(path).suffix.lower() not in (".png", ".jpg", ".jpeg"):
             raise UserError(f"{path}: is neither PNG nor JPEG; convert it, or take it away")
@@ -162,9 +175,11 @@ def list_images(folder):
 
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; images go into {folder}/<class>/")
-    loose = next((path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")), None)
+    loose = next((path for path in folder.iterdir() if not (path.is_dir() or hidden(path))), None)
     if loose:
         raise UserError(f"{loose}: lies beside the folders of the classes; move it into one, or take it away")
+    for _ in os.walk(folder, onerror=unreadable, followlinks=True):
+        pass
     try:
         return VisibleFolder(str(folder), is_valid_file=is_image)
     except FileNotFoundError as error:  # no class, or one without images

@@ -242,7 +242,7 @@ def discard(folder, trash):
 
 def lies_in(path, folder):
     """Whether a path is a folder, or lies in it, capitals aside: many disks do not tell them apart."""
-    path, folder = (Path(str(Path(each).resolve()).lower()) for each in (path, folder))
+    path, folder = (Path(os.path.realpath(each).lower()) for each in (path, folder))
     return path.is_relative_to(folder)
 
 

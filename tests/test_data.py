@@ -1,8 +1,10 @@
 """Data sets, and images of one's own in a folder: what is read, what is refused, and the three commands on a folder."""
 
 import errno
+import os
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -95,6 +97,32 @@ def test_a_folder_is_read_by_name_a_class_after_the_other(folder, monkeypatch):
     assert torch.equal(train_split.images, torch.stack([pixels[:1].expand(3, -1, -1), pixels, few]))
 
 
+def test_a_tree_is_read_in_the_order_of_its_originals(folder, tmp_path):
+    for name in ("e.jpg", "e.mod.JPG", "e/f.png", "e f/f.png"):
+        write(folder, f"train/cat/{name}")
+    originals = data.load_folder(folder, "train")
+    for split in data.SPLITS:
+        lockfiles.write_tree(tmp_path / "tree" / split, data.load_folder(folder, split))
+    assert data.load_folder(tmp_path / "tree", "train").names == originals.names
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(folder, monkeypatch):
+    """Unless it is hidden. (That root may read everything would show nothing.)"""
+    scan = os.scandir
+
+    def denied(path):
+        if Path(path).name in ("private", ".trash"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    (folder / "train" / "cat" / ".trash").mkdir()
+    assert len(data.load_folder(folder, "train").names) == 3
+    (folder / "train" / "cat" / "private").mkdir()
+    with pytest.raises(PermissionError, match="train/cat/private"):
+        data.load_folder(folder, "train")
+
+
 def test_a_jpeg_is_turned_upright(folder):
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: turned left
@@ -126,6 +154,8 @@ def test_a_jpeg_is_turned_upright(folder):
         ),
         (lambda f: write(f, "test/cat/d.jpg"), "two images or folders would be named cat/d.png"),
         (lambda f: write(f, "test/cat/D.jpg"), "would be named cat/[dD].png, capitals aside"),
+        (lambda f: [write(f, f"test/cat/{e}.png") for e in ("\xe9", "e\u0301")], "would be named cat/.*, capitals"),
+        (lambda f: (f / "test" / "cow").symlink_to(f / "nowhere"), "test/cow: lies beside the folders of the classes"),
         (lambda f: write(f, "test/cat/c:d.png"), "cat/c:d.png has a colon in its name"),
         (lambda f: [write(f, "test/cat/f.jpg"), write(f, "test/cat/f.png/g.png")], "would be named cat/f.png"),
         (lambda f: (f / "test/cat/f.png").write_bytes(RGB16), "f.png: its pixels are RGB;16B; convert it to 8-bit"),
