@@ -34,7 +34,7 @@ def prepare_folder(folder, args):
             f"{folder} holds a run already: go on with --resume, start again with --overwrite, or set --seed"
         )
     for path in found:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def check_fresh(folder, checkpoint):

@@ -292,10 +292,11 @@ def first_line(error):
 
 
 def flatten(tree, prefix=""):
-    """{'a': {'b': 1}} as {'a.b': 1}."""
+    """{'a': {'b': 1}} as {'a.b': 1}; an empty dict below a key stays one."""
     flat = {}
     for key, value in tree.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+        below = isinstance(value, dict) and value
+        flat.update(flatten(value, f"{prefix}{key}.") if below else {f"{prefix}{key}": value})
     return flat
 
 

@@ -19,10 +19,11 @@ def panels_of(groups):
 
     A control that is drawn beside what it controls has no panel of its own.
     """
-    panels, used = {}, [control[0]["training"] for group in groups if (control := control_of(group[0], groups))]
+    controls = [control[0] for group in groups if (control := control_of(group[0], groups))]
+    panels, drawn = {}, [(control["training"], control["augmentations"]) for control in controls]
     for group in groups:
         first = group[0]
-        if first["training"] not in used:
+        if (first["training"], first["augmentations"]) not in drawn:
             name = "{architecture} on {dataset}, {label}".format(**first), first["lock_name"], first["epochs"]
             panels.setdefault((name, json.dumps(first["training"], default=str)), []).append(group)
     trainings = [members[0][0]["training"] for members in panels.values()]

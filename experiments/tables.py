@@ -28,6 +28,11 @@ PAPER = {
 }
 
 
+# What of a training its control may be without
+AUGMENTATIONS = {"augmentation.cutout", "augmentation.holes", "augmentation.length"}
+AUGMENTATIONS |= {"mixup", "mixup_alpha", "cutmix", "cutmix_alpha"}
+
+
 def find_results(folder):
     """The real path of every result.json below a folder; links are followed, and no folder is looked at twice."""
     seen = set()
@@ -62,7 +67,7 @@ def read_result(path):
         result["max_orig_acc"] = max(result["curves"]["orig_acc"].values())
         result["lock_name"] = lock_of(result)
         result["paper"] = paper_accuracies(result)
-        result["training"] = training_of(result)
+        result["training"], result["augmentations"] = training_of(result)
         return result
 
 
@@ -86,7 +91,7 @@ def gather(folders):
 
 def settings_of(result):
     """What makes a run another one, but for the seed, as a flat dict: the keys of its config that are not as by
-    default, and the settings of its lock; a lock without a manifest is known by its path."""
+    default, and the settings of its lock. Of a lock without a manifest, its path and the hash of all data are known."""
     free = FREE_ON_RESUME - {"eval_freq"}  # the largest accuracy on the way is one of so many
     defaults = flatten(CONFIG)
     config = {
@@ -96,17 +101,21 @@ def settings_of(result):
         if key not in free or (key == "locked_train_image" and not result["lock"])
         if value != defaults.get(key)  # a run that is older than a key has none
     }
-    return config | flatten({"lock": result["lock"]["settings"]} if result["lock"] else {})
+    if result["lock"]:
+        return config | flatten({"lock": result["lock"]["settings"]})
+    return config | ({"data_sha256": result["data_sha256"]} if "data_sha256" in result else {})
 
 
 def training_of(result):
-    """What a training was, but for its lock, seed and precision, and for what has no control of its own."""
-    free = FREE_ON_RESUME | {"seed", "precision", *VARIANTS["cutout"], *VARIANTS["mixup"], *VARIANTS["cutmix"]}
+    """What a training was, but for its lock, seed, precision and AUGMENTATIONS; and which of these it had."""
+    free = FREE_ON_RESUME | AUGMENTATIONS | {"seed", "precision"}
     config, lock = flatten(CONFIG) | flatten(result["config"]), result["lock"]
     training = {key: value for key, value in config.items() if key not in free} | {"dataset": result["dataset"]}
     if lock:
-        return training | flatten({"original_sha256": lock["settings"]["original_sha256"]["train"]})
-    return training | {"orig_data_path": config["orig_data_path"]}
+        training |= flatten({"original_sha256": lock["settings"]["original_sha256"]["train"]})
+    else:
+        training |= {"orig_data_path": config["orig_data_path"]}
+    return training, {key: result["settings"][key] for key in AUGMENTATIONS & result["settings"].keys()}
 
 
 def tell_apart(names, settings):
@@ -195,11 +204,24 @@ def table(groups):
 
 
 def control_of(result, groups):
-    """The group that was trained as a result was, but on original images: one that was tested on the same lock, if
-    there is one, or else on any; None where there is no such group, or where the result is a control itself."""
+    """The group that was trained as a result was, but on original images, perhaps without its AUGMENTATIONS; None where
+    there is no such group, or where the result is a control itself. Of several, the first by what counts most: that it
+    was tested on the same lock, has the same AUGMENTATIONS, the same precision."""
     wanted = result["training"] | VARIANTS["control"]
-    found = [group for group in groups if result["training"] != wanted == group[0]["training"]]
-    return max(found, key=lambda group: same_lock(group[0], result), default=None)
+    if result["training"] == wanted:
+        return None
+
+    def likeness(group):
+        first = group[0]
+        same_precision = first["config"].get("precision") == result["config"].get("precision")
+        return same_lock(first, result), first["augmentations"] == result["augmentations"], same_precision
+
+    found = [
+        group
+        for group in groups
+        if group[0]["training"] == wanted and group[0]["augmentations"].items() <= result["augmentations"].items()
+    ]
+    return max(found, key=likeness, default=None)
 
 
 def control_accuracies(result, groups):

@@ -13,6 +13,7 @@ import argparse
 import ast
 import codecs
 import inspect
+import itertools
 import math
 import os
 import sys
@@ -20,6 +21,7 @@ import types
 import warnings
 from contextlib import closing, contextmanager, nullcontext
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -143,12 +145,13 @@ class Batches:
 
 # Build and load
 
-# Its CIFAR architectures are the functions of cifar_models, less a self-test and one with a broken argument.
+# Its CIFAR architectures are the functions of cifar_models, less a self-test and one with a broken argument. That of
+# Inception v3 passes no arguments on to the class.
 ROBUSTNESS_MODELS = {
     name: value
     for name, value in vars(cifar_models).items()
     if inspect.isfunction(value) and name not in ("test", "ResNet18Thin")
-}
+} | {"inceptionv3": cifar_models.InceptionV3}
 ARCHITECTURES = {**MODELS, **ROBUSTNESS_MODELS}  # a name that both have, as vgg19, is robustness'
 
 
@@ -430,21 +433,23 @@ def accuracy_key(adversarial):
     return "adv_prec1" if adversarial else "nat_prec1"
 
 
-def make_store(robustness_main, args):
+def make_store(robustness_main, args, first_epoch):
     """robustness' store of this run, whose curves torch writes: tensorboardX would wait forever after a failed write.
 
     A store that an earlier run left in its folder is set aside, since HDF5 refuses to append a row whose texts are
-    longer than those of the first.
+    longer than those of the first. Its curves go on at the first epoch of this run, or as they are where that is None.
     """
     from torch.utils.tensorboard import SummaryWriter  # here, because lock.py starts seconds sooner without it
 
     folder = folder_of(args)
     if folder and (folder / "store.h5").exists():
-        (folder / "store.h5").rename(folder / f"store.{len(list(folder.glob('store*.h5')))}.h5")
+        numbered = (folder / f"store.{number}.h5" for number in itertools.count(1))
+        (folder / "store.h5").rename(next(path for path in numbered if not path.exists()))
     # it would look for a git repository around itself, and take that one's commit for its own version
     git, cox = robustness_main.git, robustness_main.cox
     no_repository = mock.patch.object(git, "Repo", side_effect=git.exc.InvalidGitRepositoryError)
-    with no_repository, mock.patch.object(cox.store, "SummaryWriter", SummaryWriter):
+    writer = partial(SummaryWriter, purge_step=first_epoch)
+    with no_repository, mock.patch.object(cox.store, "SummaryWriter", writer):
         return robustness_main.setup_store_with_metadata(args)
 
 
@@ -536,7 +541,7 @@ def main():
     args.custom_accuracy = accuracies
     with (
         alone,
-        closing(make_store(robustness_main, args)) as store,
+        closing(make_store(robustness_main, args, checkpoint and checkpoint["epoch"])) as store,
         closing(store.tensorboard),
         one_device(device),
         careful_saving(),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tables
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import utils
@@ -50,6 +51,13 @@ def checkpoint(tmp_path):
         return model.module.eval(), tmp_path / "checkpoint.pt.best"
 
     return save
+
+
+@pytest.mark.parametrize("arch", base.ROBUSTNESS_MODELS)
+def test_an_architecture_of_robustness_tells_as_many_classes_apart_as_asked(arch):
+    with torch.device("meta"):
+        *_, last = (part for part in attacker_model(arch, "cifar", 7).modules() if isinstance(part, nn.Linear))
+    assert last.out_features == 7
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "preresnet8", "vgg11"])
@@ -376,6 +384,7 @@ def test_base_classifier_is_resumed(photos, tmp_path, command):
     latest, best = folder / "checkpoint.pt.latest", folder / "checkpoint.pt.best"
     command(base.main, *flags, "--epochs", 1, "--exp-name", "same")
     weights, same = (torch.load(path)["model"] for path in (latest, tmp_path / "same" / "checkpoint.pt.latest"))
+    (folder / "store.2.h5").write_bytes(b"older")
     assert all(torch.equal(value, same[name]) for name, value in weights.items())
     for of_best, of_latest, epochs, expected in ((101.0, -1.0, 3, 1), (-1.0, -1.0, 4, 4), (0.0, 101.0, 5, 4)):
         torch.save({**torch.load(best), "nat_prec1": of_best}, best)
@@ -385,7 +394,20 @@ def test_base_classifier_is_resumed(photos, tmp_path, command):
         assert torch.load(best)["epoch"] == expected
     assert torch.load(best)["nat_prec1"] == 101
     assert torch.load(latest)["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.00001)
-    assert (folder / "store.2.h5").exists()
+    assert (folder / "store.4.h5").exists() and (folder / "store.2.h5").read_bytes() == b"older"
+
+
+def test_epochs_that_are_trained_again_replace_the_curves_of_those_before(photos, tmp_path, command):
+    flags, folder = base_flags(tmp_path, photos), tmp_path / "base"
+    latest = folder / "checkpoint.pt.latest"
+    command(base.main, *flags, "--epochs", 1)
+    first = latest.read_bytes()
+    for epochs in (3, 2):
+        latest.write_bytes(first)
+        command(base.main, *flags, "--epochs", epochs, "--resume", latest, "--resume-optimizer", 1)
+        (events,) = {path.parent for path in folder.rglob("events.*")}
+        losses = EventAccumulator(str(events)).Reload().Scalars("nat_train_loss")
+        assert [event.step for event in losses] == list(range(epochs))
 
 
 def test_a_base_classifier_without_a_schedule_goes_on(photos, tmp_path, command):

@@ -83,6 +83,7 @@ def test_a_tree_and_its_flat_form():
     tree = {"a": {"b": {"c": 1}, "d": [2]}, "e": "f"}
     assert flatten(tree) == {"a.b.c": 1, "a.d": [2], "e": "f"}
     assert nest(flatten(tree)) == tree
+    assert flatten({"a": {}, "b": {"c": {}}}) == {"a": {}, "b.c": {}}
 
 
 def test_the_keys_that_may_change_when_a_run_is_resumed():
@@ -123,6 +124,9 @@ def test_overrides(tmp_path):
         (MINIMAL[:-1] + ", epochs: many}", "config.yaml: epochs: expected a whole number, found 'many'"),
         (MINIMAL[:-1] + ", epochs: True}", "epochs: expected a whole number, found True"),
         (MINIMAL[:-1] + ", mixup: 1}", "mixup: expected True or False, found 1"),
+        (MINIMAL[:-1] + ", optimize: {momentum: {}}}", "optimize.momentum: expected a number, found {}"),
+        (MINIMAL[:-1] + ", optimize: {}}", "optimize: expected keys below it, like momentum"),
+        (MINIMAL[:-1] + ", foo: {}}", "unknown key 'foo'"),
         (MINIMAL[:-1] + ", lr_scheduler: {base_lr: .nan}}", "lr_scheduler.base_lr is nan"),
         (MINIMAL[:-1] + f", lr_scheduler: {{base_lr: {10**401}}}}}", "lr_scheduler.base_lr: expected a number"),
         (MINIMAL[:-1] + ", optimize: 3}", "optimize: expected keys below it, like momentum"),

@@ -149,6 +149,13 @@ def test_results_that_belong_together(tmp_path, one, other):
     assert len(group) == 2 and all(result["paper"] and result["label"] == "plain" for result in group)
 
 
+def test_seeds_on_other_data_are_no_seeds_of_one_run(tmp_path):
+    """Where a manifest does not tell, the hash of the data does."""
+    groups = gather_changed(tmp_path, *({"seed": seed, "data_sha256": name} for seed, name in enumerate("aab")))
+    assert [len(group) for group in groups] == [2, 1]
+    assert [group[0]["label"] for group in groups] == ["plain, data_sha256 a", "plain, data_sha256 b"]
+
+
 def test_of_pretrained_weights_the_seed_does_not_count(tmp_path):
     paths = ["a/seed0/b", "a/seed1/b", "a/seed0/b", "c/seed0/b"]
     changes = [{"config": {"pretrained": path}, "seed": seed} for seed, path in enumerate(paths)]
@@ -176,12 +183,14 @@ def test_a_line_is_the_mean_of_the_seeds_where_all_were_evaluated():
 
 
 def test_a_control_is_that_of_the_same_training():
-    """By its config, whatever its name; mixup has none of its own. Of several, one that was tested on the same lock."""
+    """By its config, whatever its name, but perhaps without mixup. Of several, one that was tested on the same lock, or
+    else one with mixup, too, or of the same precision."""
 
     def run(train_on="locked", originals="0", eps=0.5, **keys):
         lock = lock_of(original_sha256={"train": originals}, eps=eps)
         result = {"dataset": "folder", "config": {"train_on": train_on, **keys}, "lock": lock}
-        return {**result, "training": tables.training_of(result), "settings": tables.settings_of(result)}
+        result["settings"] = tables.settings_of(result)
+        return result | dict(zip(("training", "augmentations"), tables.training_of(result)))
 
     jpeg = {"preprocess": {"jpeg_quality": 10}}
     controls = [[run(train_on="original", **keys)] for keys in ({}, jpeg)]
@@ -195,6 +204,13 @@ def test_a_control_is_that_of_the_same_training():
         assert tables.control_of(run(eps=eps), groups) is elsewhere
     for other in run(preprocess={"bits": 2}), run(originals="1"), controls[0][0]:
         assert tables.control_of(other, groups) is None
+    mixed, half = ([run(train_on="original", **keys)] for keys in ({"mixup": True}, {"precision": "float16"}))
+    groups = [mixed, half, *groups]
+    for keys in {}, {"cutmix": True}, {"mixup": True, "eps": 2.0}:
+        assert tables.control_of(run(**keys), groups) is (elsewhere if "eps" in keys else controls[0])
+    assert tables.control_of(run(mixup=True), groups) is mixed
+    assert tables.control_of(run(mixup=True, mixup_alpha=1.0, precision="float16"), groups) is half
+    assert tables.control_of(run(), [mixed]) is None
 
 
 def test_rows_that_read_the_same_are_told_apart():

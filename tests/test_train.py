@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from argparse import Namespace
 from contextlib import nullcontext
 
 import pytest
@@ -315,6 +316,17 @@ def test_a_result_is_that_of_a_finished_run_only_with_its_epochs_data_and_config
         assert [epochs for epochs in "123" if is_finished(epochs=epochs)] == list(finished)
     path.write_text(result)
     assert is_finished(epochs="2") and not is_finished("abd", epochs="2") and not is_finished(epochs="2", seed="1")
+
+
+def test_a_run_that_starts_again_empties_its_folder_alone(tmp_path):
+    """Not what a link in it leads to."""
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "seed0"
+    for path in (elsewhere / "kept", folder / "locked" / "events", folder / "log.txt", folder / ".lock"):
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.touch()
+    (folder / "checkpoints").symlink_to(elsewhere)
+    runs.prepare_folder(folder, Namespace(resume=False, overwrite=True))
+    assert [path.name for path in folder.iterdir()] == [".lock"] and (elsewhere / "kept").exists()
 
 
 def test_a_start_of_which_no_epoch_was_kept_is_not_noted(tmp_path):
