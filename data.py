@@ -97,10 +97,16 @@ def load_folder(root, split):
     size = read_image(first).shape
     if min(size[1:]) < 8:
         raise UserError(f"{first}: {size[2]}x{size[1]} pixels are too few; take images of at least 8x8")
-    pngs = {path: Path(path).relative_to(folder).with_suffix(".png") for path, _ in files.samples}
-    # by the names that they get, so that a locked or an unlocked folder is read in the order of its originals
-    samples = sorted(files.samples, key=lambda sample: (sample[1], str(pngs[sample[0]].parent), pngs[sample[0]].name))
+
+    def png(path):
+        return Path(path).relative_to(folder).with_suffix(".png")
+
+    def place(sample):  # by the name that it gets: a locked or an unlocked folder is read in the order of its originals
+        path, label = sample
+        return label, png(path).parent.as_posix(), png(path).name
+
     nth = defaultdict(itertools.count)
+    samples = sorted(files.samples, key=place)
     samples.sort(key=lambda sample: next(nth[sample[1]]))  # a stable sort: class by class
     try:
         images = torch.empty(len(samples), *size, dtype=torch.uint8)
@@ -113,7 +119,7 @@ def load_folder(root, split):
             found, expected = (f"{shape[2]}x{shape[1]}" for shape in (image.shape, size))
             raise UserError(f"{path}: is {found} pixels, but {first} is {expected}; bring all images to one size")
         images[index] = image
-    names = [pngs[path].as_posix() for path, _ in samples]
+    names = [png(path).as_posix() for path, _ in samples]
     colon = next((name for name in names if ":" in name), None)
     if colon:
         raise UserError(f"{folder}: {colon} has a colon in its name, which Windows does not take; rename it")
@@ -162,9 +168,8 @@ def list_images(folder):
     def hidden(path):
         return any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
 
-    def unreadable(error):  # torchvision would leave it out
-        if not hidden(error.filename):
-            raise error
+    def unreadable(error):
+        raise error
 
     def is_image(path):
         if hidden(path):
@@ -178,8 +183,8 @@ def list_images(folder):
     loose = next((path for path in folder.iterdir() if not (path.is_dir() or hidden(path))), None)
     if loose:
         raise UserError(f"{loose}: lies beside the folders of the classes; move it into one, or take it away")
-    for _ in os.walk(folder, onerror=unreadable, followlinks=True):
-        pass
+    for _, subfolders, _ in os.walk(folder, onerror=unreadable, followlinks=True):  # torchvision would leave it out
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
     try:
         return VisibleFolder(str(folder), is_valid_file=is_image)
     except FileNotFoundError as error:  # no class, or one without images

@@ -28,9 +28,12 @@ PAPER = {
 }
 
 
-# What of a training its control may be without
-AUGMENTATIONS = {"augmentation.cutout", "augmentation.holes", "augmentation.length"}
-AUGMENTATIONS |= {"mixup", "mixup_alpha", "cutmix", "cutmix_alpha"}
+# What of a training its control may be without, and the keys that tell how it is done
+AUGMENTATIONS = {
+    "augmentation.cutout": ("augmentation.holes", "augmentation.length"),
+    "mixup": ("mixup_alpha",),
+    "cutmix": ("cutmix_alpha",),
+}
 
 
 def find_results(folder):
@@ -107,15 +110,15 @@ def settings_of(result):
 
 
 def training_of(result):
-    """What a training was, but for its lock, seed, precision and AUGMENTATIONS; and which of these it had."""
-    free = FREE_ON_RESUME | AUGMENTATIONS | {"seed", "precision"}
+    """What a training was, but for its lock, seed, precision and AUGMENTATIONS; and how it had those that it had."""
+    free = FREE_ON_RESUME | {"seed", "precision", *AUGMENTATIONS, *itertools.chain(*AUGMENTATIONS.values())}
     config, lock = flatten(CONFIG) | flatten(result["config"]), result["lock"]
     training = {key: value for key, value in config.items() if key not in free} | {"dataset": result["dataset"]}
     if lock:
         training |= flatten({"original_sha256": lock["settings"]["original_sha256"]["train"]})
     else:
         training |= {"orig_data_path": config["orig_data_path"]}
-    return training, {key: result["settings"][key] for key in AUGMENTATIONS & result["settings"].keys()}
+    return training, {key: [config[how] for how in keys] for key, keys in AUGMENTATIONS.items() if config[key]}
 
 
 def tell_apart(names, settings):

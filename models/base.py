@@ -390,7 +390,7 @@ def goes_on(args):
     folder = folder_of(args)
     if not (args.resume and args.resume_optimizer and folder):
         return False
-    return Path(args.resume).resolve().parent == folder.resolve()
+    return os.path.realpath(Path(args.resume).parent) == os.path.realpath(folder)
 
 
 def read_resumed(args, model):
@@ -437,7 +437,7 @@ def make_store(robustness_main, args, first_epoch):
     """robustness' store of this run, whose curves torch writes: tensorboardX would wait forever after a failed write.
 
     A store that an earlier run left in its folder is set aside, since HDF5 refuses to append a row whose texts are
-    longer than those of the first. Its curves go on at the first epoch of this run, or as they are where that is None.
+    longer than those of the first. Its curves go on at first_epoch, counted from 0, or as they are where that is None.
     """
     from torch.utils.tensorboard import SummaryWriter  # here, because lock.py starts seconds sooner without it
 
@@ -539,9 +539,10 @@ def main():
     folder = folder_of(args)
     alone = utils.exclusive(folder) if folder else nullcontext()  # in a new folder nobody else is
     args.custom_accuracy = accuracies
+    first_epoch = None if args.eval_only else checkpoint["epoch"] if checkpoint else 0
     with (
         alone,
-        closing(make_store(robustness_main, args, checkpoint and checkpoint["epoch"])) as store,
+        closing(make_store(robustness_main, args, first_epoch)) as store,
         closing(store.tensorboard),
         one_device(device),
         careful_saving(),

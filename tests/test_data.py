@@ -116,7 +116,8 @@ def test_a_folder_that_cannot_be_read_is_not_left_out(folder, monkeypatch):
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", denied)
-    (folder / "train" / "cat" / ".trash").mkdir()
+    for hidden in ("cat/.trash", ".trash"):
+        (folder / "train" / hidden).mkdir()
     assert len(data.load_folder(folder, "train").names) == 3
     (folder / "train" / "cat" / "private").mkdir()
     with pytest.raises(PermissionError, match="train/cat/private"):
@@ -154,7 +155,7 @@ def test_a_jpeg_is_turned_upright(folder):
         ),
         (lambda f: write(f, "test/cat/d.jpg"), "two images or folders would be named cat/d.png"),
         (lambda f: write(f, "test/cat/D.jpg"), "would be named cat/[dD].png, capitals aside"),
-        (lambda f: [write(f, f"test/cat/{e}.png") for e in ("\xe9", "e\u0301")], "would be named cat/.*, capitals"),
+        (lambda f: [write(f, f"test/cat/{e}") for e in ("\xe9.png", "e\u0301.jpg")], "would be named cat/.*, capitals"),
         (lambda f: (f / "test" / "cow").symlink_to(f / "nowhere"), "test/cow: lies beside the folders of the classes"),
         (lambda f: write(f, "test/cat/c:d.png"), "cat/c:d.png has a colon in its name"),
         (lambda f: [write(f, "test/cat/f.jpg"), write(f, "test/cat/f.png/g.png")], "would be named cat/f.png"),
@@ -263,9 +264,14 @@ def test_the_script_of_the_readme_scales_images(monkeypatch, tmp_path):
     for split in data.SPLITS:
         write(tmp_path, f"originals/{split}/cat/a.jpg", Image.new("RGB", (90, 70)))
         (tmp_path / "originals" / split / "cat" / "._a.jpg").touch()
+        write(tmp_path, f"linked/{split}/a.png")
+        (tmp_path / "originals" / split / "dog").symlink_to(tmp_path / "linked" / split)
+    (tmp_path / "originals" / ".git").mkdir()
+    (tmp_path / "originals" / ".git" / "config").touch()
     monkeypatch.chdir(tmp_path)
     exec(script, {})
-    assert data.load_folder("photos", "train").images.shape == (1, 3, 64, 64)
+    found = data.load_folder("photos", "train")
+    assert found.images.shape == (2, 3, 64, 64) and found.classes == ["cat", "dog"]
     write(tmp_path, "originals/test/cat/b.png", Image.new("I;16", (90, 70), 1000))  # Pillow itself makes it white
     with pytest.raises(UserError, match="convert it to 8-bit RGB or grey"):
         exec(script, {})

@@ -135,6 +135,16 @@ def test_other_trainings_have_a_panel_of_their_own(monkeypatch, tmp_path):
     assert titles == ["vgg19 on cifar10, plain, batch_size 128", "vgg19 on cifar10, plain, batch_size 8"]
 
 
+def test_a_control_with_mixup_has_a_panel_where_one_without_is_drawn(monkeypatch, tmp_path):
+    figures, original = [], {"epochs": 2, "train_on": "original"}
+    monkeypatch.setattr(pictures.Figure, "savefig", lambda figure, path, **_: figures.append(figure))
+    mixed = {"name": "control_mixup", "config": original | {"mixup": True}}
+    changes = {"config": {"epochs": 2}}, {"name": "control", "config": original}, mixed
+    pictures.plot_curves(gather_changed(tmp_path, *changes), tmp_path / "curves.png")
+    titles = [axis.get_title().partition("\n")[0] for axis in figures[0].axes]
+    assert titles == ["vgg19 on cifar10, plain", "vgg19 on cifar10, control_mixup"]
+
+
 @pytest.mark.parametrize(
     "one, other",
     [
@@ -205,12 +215,15 @@ def test_a_control_is_that_of_the_same_training():
     for other in run(preprocess={"bits": 2}), run(originals="1"), controls[0][0]:
         assert tables.control_of(other, groups) is None
     mixed, half = ([run(train_on="original", **keys)] for keys in ({"mixup": True}, {"precision": "float16"}))
+    without = {"mixup_alpha": 9.0, "augmentation": {"length": 9}}  # of what is off
     groups = [mixed, half, *groups]
     for keys in {}, {"cutmix": True}, {"mixup": True, "eps": 2.0}:
         assert tables.control_of(run(**keys), groups) is (elsewhere if "eps" in keys else controls[0])
     assert tables.control_of(run(mixup=True), groups) is mixed
     assert tables.control_of(run(mixup=True, mixup_alpha=1.0, precision="float16"), groups) is half
     assert tables.control_of(run(), [mixed]) is None
+    assert tables.control_of(run(**without), groups) is controls[0]
+    assert tables.control_of(run(mixup=True), [[run(train_on="original", mixup=True, mixup_alpha=1.0)]]) is None
 
 
 def test_rows_that_read_the_same_are_told_apart():

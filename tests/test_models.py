@@ -99,6 +99,11 @@ def test_he_initialisation(name):
             assert (module.weight == 1).all() and (module.bias == 0).all()
 
 
+def test_no_model_asks_more_of_a_state_dict_than_its_tensors():
+    """As torchvision's mnasnets do: what a checkpoint holds of one could not be read back."""
+    assert len(MODELS) > 90 and not any("mnasnet" in name for name in MODELS)
+
+
 def test_a_full_memory_is_not_taken_for_images_of_a_wrong_size():
     def fills_the_memory(images):
         raise torch.cuda.OutOfMemoryError
