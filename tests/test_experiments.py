@@ -223,7 +223,8 @@ def test_a_control_is_that_of_the_same_training():
     assert tables.control_of(run(mixup=True, mixup_alpha=1.0, precision="float16"), groups) is half
     assert tables.control_of(run(), [mixed]) is None
     assert tables.control_of(run(**without), groups) is controls[0]
-    assert tables.control_of(run(mixup=True), [[run(train_on="original", mixup=True, mixup_alpha=1.0)]]) is None
+    assert tables.control_of(run(), [[run(train_on="original", **without)]]) is not None
+    assert tables.control_of(run(mixup=True, mixup_alpha=1.0), [mixed]) is None
 
 
 def test_rows_that_read_the_same_are_told_apart():
