@@ -193,6 +193,7 @@ def lock_dataset(args, ranks):
     maps, base_sha256 = target_maps(len(classes), args.manual_seed), sha256(Path(args.resume_path).read_bytes())
     hashes = shards.hash_originals(splits)
     settings = {method: shards.settings_of(method, classes, hashes, maps, base_sha256, args) for method in locks}
+    given = shards.given_choices(args)  # before args hold what is chosen for want of a flag
     chosen, why = ranks.on_rank0(choose, args, locks, settings, classifier, splits, device)
     vars(args).update(chosen)
     settings = {method: fixed | chosen for method, fixed in settings.items()}
@@ -203,7 +204,7 @@ def lock_dataset(args, ranks):
         folded.model.forward = Compiled(folded.model.forward, batch_size, ranks.say)
     with ExitStack() as stack:
         ranks.on_rank0(stack.enter_context, utils.exclusive(args.lock_data))
-        manifests = ranks.on_rank0(shards.prepare, locks, settings, args)
+        manifests = ranks.on_rank0(shards.prepare, locks, settings, given, args)
         todo = {method: paths for method, paths in locks.items() if not manifests[method]}
         if todo:
             where = f"{device} ({reason})" + (f" and {ranks.world_size - 1} more" if ranks.world_size > 1 else "")

@@ -68,28 +68,38 @@ def refuse_others(where, then, now):
         )
 
 
+def given_choices(args):
+    """The CHOICES that flags make, by name."""
+    return {name: value for name in CHOICES if (value := getattr(args, name)) not in (None, "auto")}
+
+
+def choices_in(settings):
+    """The CHOICES in the settings of a lock, by name."""
+    return {name: settings[name] for name, known in CHOICES.items() if known(settings.get(name))}
+
+
 def earlier_choices(locks, settings, args):
     """The CHOICES of the first lock that is finished or was begun, by name; none where there is no such lock, or where
     --overwrite is to replace it. settings are those of settings_of, by method."""
-    given = {name: value for name in CHOICES if (value := getattr(args, name)) not in (None, "auto")}
     for method, paths in locks.items():
         manifest = None if args.overwrite else lockfiles.read_manifest(paths)
         before = manifest["settings"] if manifest else begun_with(paths, args.overwrite)
-        if before and (not args.overwrite or before.items() >= (settings[method] | given).items()):
-            return {name: before[name] for name, known in CHOICES.items() if known(before.get(name))}
+        if before and (not args.overwrite or before.items() >= (settings[method] | given_choices(args)).items()):
+            return choices_in(before)
     return {}
 
 
-def find_finished(paths, settings, overwrite):
+def find_finished(paths, settings, given, overwrite):
     """The manifest of a finished lock of these settings, or None where there is something to do.
 
-    Raises UserError where files of other settings, or of other origin, would be replaced without --overwrite.
+    What no flag chooses, and so is not in given, may be otherwise in each finished lock. Raises UserError where files
+    of other settings, or of other origin, would be replaced without --overwrite.
     """
     if overwrite:
         return None
     manifest = lockfiles.read_manifest(paths)
     if manifest:
-        refuse_others(paths.manifest, manifest["settings"], settings)
+        refuse_others(paths.manifest, manifest["settings"], settings | choices_in(manifest["settings"]) | given)
         return manifest
     begun = begun_with(paths)
     if begun:
@@ -121,13 +131,15 @@ def check_places(locks, args):
             raise UserError(f"{paths.tree} exists, and is not of a lock; name another folder with --lock-data")
 
 
-def prepare(locks, settings, args):
+def prepare(locks, settings, given, args):
     """Make ready for locking by each method; returns, for each, its manifest where that is done, or else None.
 
-    Raises UserError before anything is changed.
+    given are those of given_choices. Raises UserError before anything is changed.
     """
     check_places(locks, args)
-    manifests = {method: find_finished(paths, settings[method], args.overwrite) for method, paths in locks.items()}
+    manifests = {
+        method: find_finished(paths, settings[method], given, args.overwrite) for method, paths in locks.items()
+    }
     for method, paths in locks.items():
         if manifests[method]:
             check_finished(paths, manifests[method], args.key_out)

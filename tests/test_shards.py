@@ -127,7 +127,7 @@ def test_a_lock_is_finished_wherever_it_was_cut_off(place, command, monkeypatch,
         locks = {"basic": lockfiles.Paths(folder, "basic")}
         manifest = lockfiles.read_manifest(locks["basic"])
         args.overwrite = manifest is not None and manifest["settings"] != settings["basic"]
-        manifests = shards.prepare(locks, settings, args)
+        manifests = shards.prepare(locks, settings, {}, args)
         if not manifests["basic"]:
             assert not any(shards.missing(locks, split, range(0, 4, 2)) for split in splits)
         lock.write_locks(locks, manifests, settings, splits, args)
@@ -248,6 +248,18 @@ def test_a_lock_goes_on_as_it_was_begun_on_another_machine(place, command, monke
     forbid_attacks(monkeypatch)
     command(lock.main, *flags, "--format", "png", "tensor")
     assert (tmp_path / "basic" / "test").exists()
+
+
+def test_finished_locks_of_several_machines_are_finished_together(place, command, monkeypatch, user_error, tmp_path):
+    """Unless a flag asks for what one of them has not."""
+    flags = lock_flags(place, tmp_path)[:-2]
+    command(lock.main, *flags, "--lock-method", "basic", "--precision", "float32", "--batch-size", 40)
+    command(lock.main, *flags, "--lock-method", "horiz", "--precision", "bfloat16", "--batch-size", 30)
+    forbid_attacks(monkeypatch)
+    command(lock.main, *flags, "--lock-method", "basic", "horiz", "--format", "png")
+    assert (tmp_path / "basic" / "test").exists() and (tmp_path / "50_horiz" / "test").exists()
+    line = user_error(lock.main, *flags, "--lock-method", "basic", "horiz", "--precision", "bfloat16")
+    assert "lock_basic.json was made with precision float32, but now it is bfloat16" in line
 
 
 def test_a_lock_that_replaces_another_goes_on_as_it_was_begun(place, locked, command, monkeypatch):
