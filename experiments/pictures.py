@@ -19,17 +19,13 @@ def panels_of(groups):
 
     A control that is drawn beside what it controls has no panel of its own.
     """
-
-    def whole(group):
-        return group[0]["training"] | group[0]["augmentations"]
-
-    panels, drawn = {}, [whole(control) for group in groups if (control := control_of(group[0], groups))]
+    panels, used = {}, [control[0]["training"] for group in groups if (control := control_of(group[0], groups))]
     for group in groups:
         first = group[0]
-        if whole(group) not in drawn:
+        if first["training"] not in used:
             name = "{architecture} on {dataset}, {label}".format(**first), first["lock_name"], first["epochs"]
-            panels.setdefault((name, json.dumps(whole(group), default=str)), []).append(group)
-    trainings = [whole(members[0]) for members in panels.values()]
+            panels.setdefault((name, json.dumps(first["training"], default=str)), []).append(group)
+    trainings = [members[0][0]["training"] for members in panels.values()]
     differences = tell_apart([name for name, _ in panels], trainings)
     for (((model, lock, _), _), members), difference in zip(panels.items(), differences):
         title = "\n".join(wrap(", ".join(filter(None, [model, difference])), 52))

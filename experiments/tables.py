@@ -70,7 +70,7 @@ def read_result(path):
         result["max_orig_acc"] = max(result["curves"]["orig_acc"].values())
         result["lock_name"] = lock_of(result)
         result["paper"] = paper_accuracies(result)
-        result["training"], result["augmentations"] = training_of(result)
+        result["training"] = training_of(result)
         return result
 
 
@@ -110,15 +110,22 @@ def settings_of(result):
 
 
 def training_of(result):
-    """What a training was, but for its lock, seed, precision and AUGMENTATIONS; and how it had those that it had."""
+    """What a training was, but for its lock, seed and precision. Of the AUGMENTATIONS it has only those that are on."""
     free = FREE_ON_RESUME | {"seed", "precision", *AUGMENTATIONS, *itertools.chain(*AUGMENTATIONS.values())}
     config, lock = flatten(CONFIG) | flatten(result["config"]), result["lock"]
     training = {key: value for key, value in config.items() if key not in free} | {"dataset": result["dataset"]}
+    training |= {key: [config[how] for how in keys] for key, keys in AUGMENTATIONS.items() if config[key]}
     if lock:
-        training |= flatten({"original_sha256": lock["settings"]["original_sha256"]["train"]})
-    else:
-        training |= {"orig_data_path": config["orig_data_path"]}
-    return training, {key: [config[how] for how in keys] for key, keys in AUGMENTATIONS.items() if config[key]}
+        return training | flatten({"original_sha256": lock["settings"]["original_sha256"]["train"]})
+    return training | {"orig_data_path": config["orig_data_path"]}
+
+
+def split_training(result):
+    """The training of a result in two: without its AUGMENTATIONS, and these."""
+    parts = {}, {}
+    for key, value in result["training"].items():
+        parts[key in AUGMENTATIONS][key] = value
+    return parts
 
 
 def tell_apart(names, settings):
@@ -210,21 +217,19 @@ def control_of(result, groups):
     """The group that was trained as a result was, but on original images, perhaps without its AUGMENTATIONS; None where
     there is no such group, or where the result is a control itself. Of several, the first by what counts most: that it
     was tested on the same lock, has the same AUGMENTATIONS, the same precision."""
-    wanted = result["training"] | VARIANTS["control"]
-    if result["training"] == wanted:
-        return None
+    training, augmentations = split_training(result)
+    wanted = training | VARIANTS["control"]
+
+    def is_control(other):
+        others, its = split_training(other)
+        return training != wanted == others and its.items() <= augmentations.items()
 
     def likeness(group):
-        first = group[0]
-        same_precision = first["config"].get("precision") == result["config"].get("precision")
-        return same_lock(first, result), first["augmentations"] == result["augmentations"], same_precision
+        other = group[0]
+        same_precision = other["config"].get("precision") == result["config"].get("precision")
+        return same_lock(other, result), split_training(other)[1] == augmentations, same_precision
 
-    found = [
-        group
-        for group in groups
-        if group[0]["training"] == wanted and group[0]["augmentations"].items() <= result["augmentations"].items()
-    ]
-    return max(found, key=likeness, default=None)
+    return max((group for group in groups if is_control(group[0])), key=likeness, default=None)
 
 
 def control_accuracies(result, groups):

@@ -199,8 +199,7 @@ def test_a_control_is_that_of_the_same_training():
     def run(train_on="locked", originals="0", eps=0.5, **keys):
         lock = lock_of(original_sha256={"train": originals}, eps=eps)
         result = {"dataset": "folder", "config": {"train_on": train_on, **keys}, "lock": lock}
-        result["settings"] = tables.settings_of(result)
-        return result | dict(zip(("training", "augmentations"), tables.training_of(result)))
+        return {**result, "training": tables.training_of(result), "settings": tables.settings_of(result)}
 
     jpeg = {"preprocess": {"jpeg_quality": 10}}
     controls = [[run(train_on="original", **keys)] for keys in ({}, jpeg)]
