@@ -190,7 +190,7 @@ def lock_dataset(args, ranks):
     splits, classifier, device, reason = ranks.everywhere(load_inputs, args)
     classes = splits["train"].classes
     locks = {method: Paths(args.lock_data, suffix) for method, suffix in suffixes_of(args).items()}
-    maps, base_sha256 = target_maps(len(classes), args.manual_seed), sha256(Path(args.resume_path).read_bytes())
+    maps, base_sha256 = target_maps(len(classes), args.manual_seed), sha256(utils.read_file(args.resume_path))
     hashes = shards.hash_originals(splits)
     settings = {method: shards.settings_of(method, classes, hashes, maps, base_sha256, args) for method in locks}
     given = shards.given_choices(args)  # before args hold what is chosen for want of a flag

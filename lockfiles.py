@@ -12,7 +12,7 @@ from PIL import Image
 
 from data import SPLITS, check_names, is_plain, read_image, to_uint8
 from methods import TARGET_MAPS, parameters_of
-from utils import UserError, discard, first_line, naming, serialize, sync_folder, telling_damage
+from utils import UserError, discard, first_line, naming, read_file, serialize, sync_folder, telling_damage
 
 # Names of files
 
@@ -162,7 +162,7 @@ REMEDY = "get it again from a copy, or lock again with --overwrite"  # for a fil
 def read_json(path):
     """The dict that a JSON file holds; raises UserError where it is damaged."""
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(read_file(path)))
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not JSON, or damaged ({first_line(error)}); {REMEDY}") from error
 
@@ -287,11 +287,10 @@ def check_tensors(images, labels, image_path, label_path):
 def read_checked(paths, manifest, path):
     """The bytes of a file that the manifest lists; raises UserError where they are not those it was written with."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file, but {paths.manifest} lists it")
-    with naming(path):
-        content = path.read_bytes()
+        raise UserError(f"{path}: no such file, but {paths.manifest} lists it; {REMEDY}")
+    content = read_file(path)
     if sha256(content) != manifest["files"][paths.name(path)]["sha256"]:
-        raise UserError(f"{path}: changed or damaged since it was locked: its SHA-256 is not the manifest's")
+        raise UserError(f"{path}: changed or damaged since it was locked: its SHA-256 is not the manifest's; {REMEDY}")
     return content
 
 
@@ -303,17 +302,16 @@ def read_sums(paths, split, manifest):
     names = [name.removeprefix(f"{split}/") for _, _, name in lines]
     check_names(names, manifest["settings"]["classes"], path)
     if not names or len(names) != manifest["report"][split]["images"]:
-        raise UserError(f"{path}: lists {len(names)} images, but {paths.manifest} says otherwise")
+        raise UserError(f"{path}: lists {len(names)} images, but {paths.manifest} says otherwise; {REMEDY}")
     return dict(zip(names, (expected for expected, _, _ in lines)))
 
 
 def png_bytes(paths, split, name, expected):
     """The bytes of a PNG file of a lock; raises UserError where their SHA-256 is not the one expected."""
     path = paths.tree / split / name
-    with naming(path):
-        content = path.read_bytes() if path.is_file() else None
+    content = read_file(path) if path.is_file() else None
     if content is None or sha256(content) != expected:
-        raise UserError(f"{path}: absent, or changed or damaged since it was locked")
+        raise UserError(f"{path}: absent, or changed or damaged since it was locked; {REMEDY}")
     return content
 
 
@@ -358,13 +356,13 @@ def load_locked(image_path, label_path, lock_flags=""):
             if not path.is_file():
                 raise UserError(f"{path}: no such file{how_to_lock(path, lock_flags)}")
     if manifest is None:
-        tensors = [from_bytes(path.read_bytes(), path) for path in (image_path, label_path)]
+        tensors = [from_bytes(read_file(path), path) for path in (image_path, label_path)]
         return *check_tensors(*tensors, image_path, label_path), None
     if split not in SPLITS or image_path != paths.file(split, "image"):
         raise UserError(f"{image_path}: not the name of a file of images that {paths.manifest} could list")
     if label_path != paths.file(split, "label"):
         own = manifest["files"].get(paths.name(paths.file(split, "label")))
-        if not own or sha256(label_path.read_bytes()) != own["sha256"]:
+        if not own or sha256(read_file(label_path)) != own["sha256"]:
             raise UserError(f"{label_path}: not the labels that were locked with {image_path}")
     return *load_split(paths, split, manifest), manifest
 

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from data import Split
 from lockfiles import hash_tensor
-from utils import UserError, naming
+from utils import UserError, naming, read_file
 
 KEY_BYTES, NONCE_BYTES, TAG_BYTES = 32, 12, 16
 CHUNK_BYTES = 2**30  # AESGCM takes less than 2**31 bytes at once
@@ -27,7 +27,7 @@ def read_key(path):
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file, or a folder; name the key that --key-out wrote")
     try:
-        key = bytes.fromhex(Path(path).read_text())
+        key = bytes.fromhex(read_file(path).decode())
     except ValueError:  # also for a file that is no text
         key = b""
     if len(key) != KEY_BYTES:

@@ -114,7 +114,7 @@ def find_finished(paths, settings, given, overwrite):
 def check_finished(paths, manifest, key_out):
     """Raise UserError where a file of a finished lock has changed, or where its seal is of another key."""
     for error in lockfiles.check_files(paths, manifest):
-        raise UserError(f"{error}; {lockfiles.REMEDY}")
+        raise error
     sealed_with = manifest["sealed_with"]
     if key_out and sealed_with:
         if not Path(key_out).exists() or sealing.fingerprint(sealing.read_key(key_out)) != sealed_with:

@@ -177,6 +177,12 @@ def naming(path):
         raise OSError(error.errno, error.strerror or str(error), str(error.filename or path)) from error
 
 
+def read_file(path):
+    """The bytes of a file; an OSError names it."""
+    with naming(path):
+        return Path(path).read_bytes()
+
+
 def write_file(path, content):
     """Put bytes in a file's place: the file is the old one or the new one, whole, whenever the power fails.
 

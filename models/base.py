@@ -542,6 +542,7 @@ def main():
     first_epoch = None if args.eval_only else checkpoint["epoch"] if checkpoint else 0
     with (
         alone,
+        utils.naming(folder or args.out_dir),
         closing(make_store(robustness_main, args, first_epoch)) as store,
         closing(store.tensorboard),
         one_device(device),

@@ -294,7 +294,8 @@ def test_curves_that_cannot_be_written_end_a_training(tmp_path, user_error, monk
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", write)
-    assert "No space left on device" in user_error(base.main, *base_flags(tmp_path), "--epochs", 1)
+    line = user_error(base.main, *base_flags(tmp_path), "--epochs", 1)
+    assert f"No space left on device: '{tmp_path}/base'" in line
     for store in list(tables.file._open_files.handlers):  # or PyTables would say at the end that it closes it
         store.close()
 
@@ -408,6 +409,8 @@ def test_epochs_that_are_trained_again_replace_the_curves_of_those_before(photos
         (events,) = {path.parent for path in folder.rglob("events.*")}
         losses = EventAccumulator(str(events)).Reload().Scalars("nat_train_loss")
         assert [event.step for event in losses] == list(range(epochs))
+    command(base.main, *flags, "--eval-only", 1, "--resume", latest)
+    assert EventAccumulator(str(events)).Reload().Scalars("nat_train_loss") == losses
 
 
 def test_a_base_classifier_without_a_schedule_goes_on(photos, tmp_path, command):

@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import threading
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 
 import pytest
@@ -119,6 +119,15 @@ def test_a_run_that_comes_from_a_cpu_draws_anew_on_a_gpu(monkeypatch, tmp_path):
     assert seeds == [8]
 
 
+def test_a_run_on_a_gpu_draws_on_from_where_it_was(monkeypatch, tmp_path):
+    config, given, learner = config_of(tmp_path), [], learner_of(nn.Linear(1, 1), lr=0)
+    monkeypatch.setattr(checkpoints, "on_gpu", lambda learner: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.arange(3))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", given.append)
+    checkpoints.restore(checkpoints.snapshot(learner, 3, [], config, ""), learner, config, "")
+    assert torch.equal(*given, torch.arange(3))
+
+
 def test_the_learning_rate_and_momentum_are_the_configs(tmp_path):
     config = config_of(tmp_path, architecture="preresnet8")
     learner = new_learner(config)
@@ -143,6 +152,12 @@ def test_what_a_run_may_change(tmp_path):
     checkpoints.restore(state, learner, config_of(tmp_path, **free), "")
     with pytest.raises(UserError, match="trained with batch_size 128, but it is 7 now"):
         checkpoints.restore(state, learner, config_of(tmp_path, batch_size="7"), "")
+    for schedule in ("STEP", "COSINE", "HTD"):  # at the first, an epoch's learning rate does not depend on their number
+        keys = {"lr_scheduler.type": schedule}
+        state = checkpoints.snapshot(learner, 1, [], config_of(tmp_path, **keys), "")
+        error = pytest.raises(UserError, match="trained with epochs 250, but it is 300 now")
+        with nullcontext() if schedule == "STEP" else error:
+            checkpoints.restore(state, learner, config_of(tmp_path, epochs="300", **keys), "")
 
 
 @pytest.mark.parametrize("stopped_after", range(4))

@@ -1,9 +1,11 @@
 """The three commands of the README on the digits, in short, and what they say to a user's mistakes."""
 
+import errno
 import hashlib
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -20,6 +22,7 @@ import lock
 import lockfiles
 import runs
 import train
+import utils
 from config import KEYS, load_config
 from experiments import __main__ as study
 from models import base
@@ -94,7 +97,7 @@ def check_event_files(folder, result):
         assert [event.step for event in events] == [record["epoch"] for record in result["history"]]
         assert [event.value for event in events] == pytest.approx([record[key] for record in result["history"]])
     events = EventAccumulator(str(folder)).Reload()
-    assert events.Scalars("loss/train")[-1].step == result["epochs"]
+    assert [event.step for event in events.Scalars("loss/train")] == list(range(1, result["epochs"] + 1))
     assert events.Scalars("final/orig_acc")[0].value == pytest.approx(result["orig_acc"])
     assert "_hparams_/session_start_info" in events.summary_metadata
     assert b"lr_scheduler.base_lr" in events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
@@ -129,6 +132,10 @@ def test_a_run_that_is_stopped_and_goes_on_ends_as_one_that_is_not(whole, stoppe
     del expected["made_with"]
     assert result == expected
     check_event_files(folder, result)
+    (folder / "result.json").unlink()  # as where the process is killed before it is written
+    command(train.main, "--work-path", stopped, *TRAIN, "--resume")
+    result = run_of(stopped)[1]
+    assert result.pop("made_with") == starts and result == expected
 
 
 def test_a_run_may_end_earlier_than_it_was_to(stopped, command):
@@ -202,16 +209,18 @@ def test_each_method_and_seed_has_its_own_folder(place, work, command):
     assert result["config"]["locked_test_label"] == f"{place}/test_label_50_horiz"
 
 
-def test_resume_where_nothing_was_started_starts(work, command, capsys):
-    flags = ["--use_gpu", False, "--ckpt_path", "checkpoints"]
-    command(train.main, "--work-path", work, "--epochs", 1, "--resume", *flags)
-    assert (work / "basic" / "seed0" / "checkpoints" / "ckpt.pth.tar").exists()
+def test_resume_where_nothing_was_started_starts(work, command, user_error, capsys):
+    flags, folder = ["--work-path", work, "--epochs", 1, "--resume", "--use_gpu", False], work / "basic" / "seed0"
+    command(train.main, *flags, "--ckpt_path", "checkpoints")
+    assert (folder / "checkpoints" / "ckpt.pth.tar").exists()
     out = capsys.readouterr().out
     assert "nothing to resume" in out and "GPU was found" not in out  # none was looked for
+    (folder / "result.json").unlink()
+    assert f"there is {folder}/checkpoints/ckpt" in user_error(train.main, *flags)  # not where one would go on now
 
 
 def test_a_run_without_checkpoints_is_not_started_again(place, work, locked, command, user_error, capsys, tmp_path):
-    run = ["--work-path", work, "--epochs", 1]
+    run = ["--work-path", work, "--epochs", 1, "--preprocess.bits", 1]
     command(train.main, *run)
     folder = work / "basic" / "seed0"
     result = (folder / "result.json").read_bytes()
@@ -240,9 +249,10 @@ def test_a_run_without_checkpoints_is_not_started_again(place, work, locked, com
 
 def test_a_result_is_written_last(work, user_error, monkeypatch):
     """So that a run that has one lacks nothing else."""
-    monkeypatch.setattr(runs, "add_hparams", Mock(side_effect=OSError("the disk is full")))
-    assert "the disk is full" in user_error(train.main, "--work-path", work, "--epochs", 1)
-    assert not (work / "basic" / "seed0" / "result.json").exists()
+    monkeypatch.setattr(runs, "add_hparams", Mock(side_effect=OSError(errno.ENOSPC, "the disk is full")))
+    folder = work / "basic" / "seed0"
+    assert f"the disk is full: '{folder}'" in user_error(train.main, "--work-path", work, "--epochs", 1)
+    assert not (folder / "result.json").exists()
 
 
 def test_what_a_run_may_be_resumed_with(place, work, command, user_error, capsys, tmp_path):
@@ -402,6 +412,14 @@ def test_a_mistake_from_the_shell():
     errors = [process.communicate()[1] for process in started]
     for script, process, error in zip(scripts, started, errors):
         assert process.returncode == 2 and len(error.strip().splitlines()) == 1, script
+
+
+@pytest.mark.parametrize("script", ["lock.py", "train.py"])
+def test_who_interrupts_a_command_is_told_how_it_goes_on(script, monkeypatch):
+    told = []
+    monkeypatch.setattr(utils, "run_command", lambda main, if_interrupted: told.append(if_interrupted))
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert "the same command" in told[0] and "goes on" in told[0]
 
 
 def test_what_a_run_draws_from_and_whether_it_is_compiled(work, command, monkeypatch):

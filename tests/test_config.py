@@ -86,6 +86,12 @@ def test_a_tree_and_its_flat_form():
     assert flatten({"a": {}, "b": {"c": {}}}) == {"a": {}, "b.c": {}}
 
 
+def test_the_countermeasures_are_those_of_the_results():
+    """With other defaults, new runs would be others than those in results/."""
+    assert (CONFIG["mixup_alpha"], CONFIG["cutmix_alpha"]) == (0.4, 1.0)
+    assert CONFIG["adversarial"] == {"eps": 0.0, "attack_lr": 0.1, "attack_steps": 7}
+
+
 def test_the_keys_that_may_change_when_a_run_is_resumed():
     """Those that say where files are, how often it is evaluated, and on what it computes."""
     files = {key for key in CONFIG if key.startswith("locked_")} | {"orig_data_path", "ckpt_path", "ckpt_name"}
@@ -181,6 +187,14 @@ def test_mistakes_in_a_config(tmp_path, text, message):
         ({"preprocess.bits": "0"}, "preprocess.bits is 0"),
         ({"preprocess.bits": "9"}, "preprocess.bits is 9"),
         ({"preprocess.jpeg_quality": "101"}, "preprocess.jpeg_quality is 101"),
+        ({"preprocess.jpeg_quality": "-1"}, "preprocess.jpeg_quality is -1"),
+        ({"preprocess.blur": "-1"}, "preprocess.blur is -1"),
+        ({"adversarial.eps": "-0.5"}, "adversarial.eps is -0.5"),
+        ({"adversarial.attack_steps": "-1"}, "adversarial.attack_steps is -1"),
+        ({"lr_scheduler.base_lr": "-0.1"}, "lr_scheduler.base_lr is -0.1"),
+        ({"augmentation.holes": "-1"}, "augmentation.holes is -1"),
+        ({"subset": "-1"}, "subset is -1"),
+        ({"enlarge": "0"}, "enlarge is 0"),
         ({"epochs": str(10**401)}, "epochs is 1000"),
         ({"lr_scheduler.base_lr": str(10**401)}, "base_lr is inf"),
         ({"epochs": "1:30"}, "epochs: expected a whole number, found '1:30'"),

@@ -176,6 +176,12 @@ def test_of_pretrained_weights_the_seed_does_not_count(tmp_path):
     assert tables.control_of(same[0], [other, [control]]) == [control]
 
 
+def test_without_a_manifest_a_control_is_of_the_same_originals(tmp_path):
+    paths = {"a": {}, "b": {"train_on": "original"}}
+    groups = gather_changed(tmp_path, *({"config": {"orig_data_path": path, **keys}} for path, keys in paths.items()))
+    assert len(groups) == 2 and not any(tables.control_of(group[0], groups) for group in groups)
+
+
 def gather_changed(tmp_path, *changes):
     """The groups of some results that differ from RESULT."""
     for index, change in enumerate(changes):
@@ -381,7 +387,7 @@ def test_mistakes(results, user_error, monkeypatch, tmp_path):
 
 def test_all_is_every_method_and_variant_and_each_run_may_go_on(monkeypatch, tmp_path):
     flags = ["--run", "--work-path", str(tmp_path), "--lock-method", "all", "--variant", "plain", "all"]
-    flags += ["--alpha", "0.3", "--lambd", "0.4"]
+    flags += ["--alpha", "0", "--lambd", "0.4"]
     monkeypatch.setattr(sys, "argv", ["experiments", *flags])
     args, rest = study.parse_arguments()
     assert args.lock_method == list(METHODS) and args.variant == list(VARIANTS)

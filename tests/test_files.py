@@ -18,6 +18,7 @@ from filelock import FileLock
 import checkpoints
 import data
 import lockfiles
+import sealing
 import shards
 import utils
 from data import to_uint8
@@ -198,6 +199,32 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
         write_file(path, b"new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_was_writing_is_in_nobodys_way(tmp_path):
+    (tmp_path / ".file.tmp").write_bytes(b"half of it")
+    write_file(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new" and list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_a_disk_that_is_full_or_fails_is_told_with_the_file(pair, tmp_path, monkeypatch):
+    """Which the system does not name."""
+    paths, part = pair([IMAGES], [LABELS]), data.load_digits(None, "test").first(1)
+    (name,) = part.names
+    failing = Mock(side_effect=OSError(errno.EIO, "Input/output error"))
+    monkeypatch.setattr("pathlib.Path.write_bytes", failing)
+    monkeypatch.setattr("pathlib.Path.read_bytes", failing)
+    for path, function in {
+        tmp_path / "tree" / name: partial(lockfiles.write_tree, tmp_path / "tree", part),
+        tmp_path / "basic" / "test" / name: partial(lockfiles.png_bytes, Paths(tmp_path, "basic"), "test", name, ""),
+        tmp_path / "key": partial(sealing.read_key, tmp_path / "key"),
+        tmp_path / "lock_basic.json": partial(lockfiles.read_manifest, Paths(tmp_path, "basic")),
+        paths[0]: partial(load_locked, *paths),
+    }.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        with pytest.raises(OSError, match=f"Input/output error: '{path}'"):
+            function()
 
 
 def test_a_pipe_that_is_broken_is_no_file(tmp_path):

@@ -3,6 +3,7 @@
 import gc
 from contextlib import nullcontext
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -98,6 +99,12 @@ def no_gpu(monkeypatch):
         "stream": lambda stream: nullcontext(),
     }.items():
         monkeypatch.setattr(graphs.torch.cuda, name, value)
+
+
+def test_a_memory_that_is_full_when_a_model_is_compiled_is_told(monkeypatch):
+    monkeypatch.setattr(torch, "compile", Mock(side_effect=torch.cuda.OutOfMemoryError))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        Compiled(nn.Conv2d(3, 2, 3).forward, 1, say=pytest.fail)(torch.rand(1, 3, 8, 8))
 
 
 def train_some(config, change=lambda step: step, epochs=3, device="cpu", lr=0.1):

@@ -4,6 +4,7 @@ import argparse
 import os
 import pickle
 import re
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -100,6 +101,13 @@ def test_a_suffix_that_no_lock_has(suffix):
 def test_suffixes_of_different_locks_differ():
     assert lockfiles.lock_suffix("mixup", lambd=0.333333333) != lockfiles.lock_suffix("mixup", lambd=0.3333334)
     assert lockfiles.lock_suffix("mixup", lambd=utils.number(float, 0)("-0.0")) == "0_mixup"
+
+
+@pytest.mark.parametrize("method, flag", [("horiz", "--alpha"), ("mixup", "--lambd")])
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_a_share_can_be_nothing_or_all(method, flag, value, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lock.py", "--lock-method", method, flag, value])
+    assert list(lock.suffixes_of(lock.parse_arguments()).values()) == [f"{100 * int(value)}_{method}"]
 
 
 class Fixed(nn.Module):
@@ -224,6 +232,8 @@ def test_measurements():
     dark, light = (torch.full((1, 3, 16, 16), grey, dtype=torch.uint8) for grey in (51, 204))  # 0.2 and 0.8
     (ssim,) = lock.measure(classifier, dark, light, predictions[:1], targets[:, :1])["ssim"]
     assert ssim.item() == pytest.approx((2 * 0.2 * 0.8 + 1e-4) / (0.2**2 + 0.8**2 + 1e-4), rel=1e-4)
+    measured = lock.measure(Fixed(), dark - 13, light + 13, torch.tensor([8]), torch.tensor([[1]]))
+    assert measured["to_true"].all() and not measured["to_target"].any()  # as the one that is delivered is seen
 
 
 @pytest.mark.skipif("CIFAR10_ROOT" not in os.environ, reason="CIFAR10_ROOT names no folder with CIFAR-10")
@@ -356,10 +366,10 @@ def test_the_classifier_and_not_the_folded_one_predicts_and_measures():
 def test_a_folded_classifier_that_gives_nan_is_not_attacked(tmp_path):
     folded = small_classifier()
     folded[7].bias.data[0] = torch.nan  # one logit of ten
-    with pytest.raises(UserError, match="the base classifier gives NaN or infinity"):
+    with pytest.raises(UserError, match="gives NaN or infinity: choose --precision float32, or train it again"):
         measured_of(Constant(3), folded)
     images, labels = torch.zeros(4, 3, 16, 16, dtype=torch.uint8), torch.zeros(4, dtype=int)
-    with pytest.raises(UserError, match="the base classifier gives NaN or infinity"):  # which ends the lock
+    with pytest.raises(UserError, match="gives NaN or infinity: train it again"):  # which ends the lock
         flags = {"attack_steps": 1, "batch_size": 2, "precision": "float32"}
         lock_by("basic", tmp_path, folded, images, labels, "test", **flags)
 

@@ -133,6 +133,7 @@ def test_verify(place, locked, command, user_error, capsys):
     out = capsys.readouterr().out
     assert ".lock_mixup: an interrupted lock" in out
     assert "every file of lock_50_horiz.json, lock_basic.json is as it was locked" in out
+    assert out.count("base classifier, on the originals") == 4  # the report, of two splits each
     for suffix in ("50_horiz", "basic"):
         (locked / f"train_label_{suffix}").unlink()
     assert "not as they were locked: 2, see above" in user_error(lock.main, "--verify", locked)
@@ -211,7 +212,11 @@ def test_verify_names_what_does_not_belong_there(place, locked, command, user_er
         out, err = capsys.readouterr()
         assert exit.value.code == 2 and len(err.strip().splitlines()) == 1
         assert utils.printable(path) in out and "not as they were locked: 1, see above" in err
+        assert "take it away" in out and "--overwrite" not in out  # which would lock all again
         path.unlink()
+    (locked / "basic" / "test" / "Thumbs.db").touch()
+    line = user_error(lock.main, *lock_flags(place, locked), "--format", "png")
+    assert line.endswith("Thumbs.db: no file of this lock; take it away")
     (locked / "basic" / "test.sha256").write_bytes(b"")
     assert "not as they were locked: 1, see above" in user_error(lock.main, "--verify", locked)
 

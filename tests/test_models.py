@@ -36,6 +36,12 @@ def test_parameter_counts(name):
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
 
 
+def test_models_that_cannot_be_trained_here_are_left_out():
+    """Two give more than logits in training, and mnasnets take no state dict that was stripped of a version number."""
+    known = [name for name in MODELS if re.search("googlenet|inception|mnasnet", name)]
+    assert not known and "torchvision/mobilenet_v3_small" in MODELS
+
+
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith(("vgg", "resnet", "preresnet"))])
 def test_a_name_tells_kind_and_depth(name):
     """In which a residual network counts its linear layer too, and a VGG the three of the original."""

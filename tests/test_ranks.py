@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from unittest.mock import Mock
 
 import pytest
@@ -88,6 +89,17 @@ def test_torchrun_starts_them(place, tmp_path):
     assert finish(lock.main, lock_flags(place, tmp_path / "alone")) == 0
     for name in ("train_image_basic", "test_image_basic"):
         assert (tmp_path / "locked" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+def test_ranks_wait_for_each_other_for_as_long_as_a_batch_may_take(monkeypatch):
+    begin = Mock()
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(torch.distributed, "init_process_group", begin)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ranks = Ranks()
+    assert (ranks.rank, ranks.world_size) == (1, 2)
+    assert begin.call_args.kwargs["timeout"] > timedelta(days=1)
 
 
 def test_a_mistake_ends_both_and_is_told_once(place, tmp_path):

@@ -16,6 +16,7 @@ import data
 import lock
 import lockfiles
 import sealing
+import utils
 from tests.conftest import call, copy_locks, flip_bit, forbid_attacks, lock_flags, manifest_of, names_in
 from utils import UserError, write_file
 
@@ -67,6 +68,7 @@ def test_what_earlier_code_sealed_still_opens():
     original = sealing.unseal(SEALED, images + 250, key, "basic test")
     assert_same(original, data.Split(images, torch.tensor([1]), ["cat", "dog"], ["dog/a.png"]))
     assert sealing.fingerprint(key) == "b30ad09441c90ab9"
+    assert sealing.CHUNK_BYTES == 2**30  # a longer seal was divided by it
 
 
 def test_nothing_opens_with_another_key_or_one_bit_changed(pair, tmp_path):
@@ -120,7 +122,10 @@ def test_a_key_that_is_moved_away_meanwhile_is_not_replaced(place, command, monk
 
 def test_a_key_among_what_is_handed_out_is_refused(place, user_error, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for key in ("locked/key", "Locked/key", tmp_path / "locked" / "key", f"../{tmp_path.name}/locked/key"):
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "link").symlink_to("locked")
+    way_round = f"../{tmp_path.name}/locked/key"
+    for key in ("locked/key", "Locked/key", tmp_path / "locked" / "key", way_round, "link/key"):
         assert "that is handed out" in user_error(lock.main, *lock_flags(place, "locked"), "--key-out", key)
 
 
@@ -188,6 +193,24 @@ def sealed(sealed_once, tmp_path):
     return tmp_path / "locked", tmp_path / "key"
 
 
+def test_what_is_unlocked_is_on_the_disk_before_it_takes_its_place(sealed, command, monkeypatch, tmp_path):
+    """And no other process writes there meanwhile."""
+    folder, key = sealed
+    done, rename = [], Path.rename
+
+    def rename_alone(path, target):
+        with pytest.raises(UserError, match="another process is writing there"), utils.exclusive(tmp_path / "out"):
+            pass
+        done.append("rename")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "sync", lambda: done.append("sync"))
+    monkeypatch.setattr(Path, "rename", rename_alone)
+    command(lock.main, "--unlock", "--key", key, "--lock-data", folder, "--orig-data", tmp_path / "out",
+            "--format", "png")  # fmt: skip
+    assert done == ["sync", "rename", "rename"]
+
+
 def test_unlocking_in_the_folder_that_was_handed_out(sealed, command, monkeypatch, tmp_path):
     """Where the default of --resume-path, which unlocking does not read, would lie in it."""
     folder, key = sealed
@@ -238,6 +261,7 @@ def test_the_lock_of_a_method_is_unlocked(place, locked, command, user_error, tm
     command(lock.main, *unlock, "--lock-method", "basic", "--format", "tensor")
     assert len(torch.cat(torch.load(tmp_path / "out" / "train_image_original"))) == 64
     unlock[unlock.index("--orig-data") + 1] = tmp_path / "other"
+    (locked / "lock_basic.json").write_text("{")  # of another lock than the one that is named
     command(lock.main, *unlock, "--lock-method", "horiz", "--alpha", 0.3, "--format", "tensor")
     assert len(torch.cat(torch.load(tmp_path / "other" / "train_image_original"))) == 96
 

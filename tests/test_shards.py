@@ -37,6 +37,20 @@ def test_what_is_written_is_on_the_disk_before_it_takes_a_place(place, locked, c
     assert done[tree - 1 :] == ["sync", "replace basic", "fsync", "fsync", "replace lock_basic.json", "fsync"]
 
 
+def test_a_shard_that_is_damaged_before_the_lock_is_finished(tmp_path):
+    paths = Paths(tmp_path, "basic")
+    paths.partial.mkdir()
+    shards.write_all({"basic": paths}, "train", [0], [({"basic": (torch.zeros(5, 3, 4, 4), {})}, {})])
+    with pytest.raises(UserError, match="train_00000005: damaged since it was written; the same command locks it"):
+        shards.read_shards(paths, "train", range(0, 10, 5))
+
+
+def test_settings_that_begin_alike_are_told_where_they_differ():
+    then, now = ({"classes": "a" * 60 + end} for end in "bc")
+    with pytest.raises(UserError, match="x was made with classes a{10}b, but now it is a{10}c;"):
+        shards.refuse_others("x", then, now)
+
+
 class Cut(BaseException):
     """Ends a command as a power cut would: nothing catches it."""
 

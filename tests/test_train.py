@@ -17,6 +17,7 @@ import train
 import utils
 from augmentation import as_inputs
 from config import CONFIG
+from data import read_image
 from tests.conftest import config_of, learner_of, new_learner, two_tones
 from utils import PRECISIONS, UserError
 
@@ -133,6 +134,7 @@ def test_a_precision_is_what_is_computed_in(precision, tmp_path):
         changes[name] = flat(learner.model) - before
         assert changes[name].dtype == torch.float32
     assert seen == {PRECISIONS[precision]}
+    assert train.forward(learner.model, images / 255, config).dtype == torch.float32  # so that losses are exact
     assert F.cosine_similarity(changes["float32"], changes[precision], dim=0) > 0.99
 
 
@@ -191,12 +193,15 @@ def test_adversarial_training_trains_on_what_it_led_astray(tmp_path):
     assert (after > before).all()
 
 
-def test_pictures():
+def test_pictures(tmp_path):
     originals = torch.full((2, 3, 4, 4), 100, dtype=torch.uint8)
     locked = originals.clone()
     locked[0] += 5
     grid = runs.pictures(originals, locked)
     assert grid.shape == (3, 3 * 20, 3 * 14)  # three rows of two, two pixels apart, enlarged three times
+    data = {"original": (originals, None), "locked": (locked[:1], None)}  # as where a trial lock has fewer than ten
+    runs.write_pictures(data, tmp_path / "images.png")
+    assert read_image(tmp_path / "images.png").shape == (3, 3 * 20, 3 * 8)
     rows = grid[0, 3 * 3 :: 3 * 6, 3 * 3 :: 3 * 6]
     expected = torch.tensor([[100, 100], [105, 100], [127.5 + 50, 127.5]]) / 255
     torch.testing.assert_close(rows, expected)
