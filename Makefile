@@ -1,5 +1,6 @@
 # make demo   locks scikit-learn's digits, and trains on them
 # make test   runs the tests
+# make lint   runs the linter
 # make bench  measures how fast the attack and the training are, against the authors' way
 # Each first makes a virtual environment in VENV, and installs requirements.txt, pytest and ruff there, once.
 VENV ?= .venv
@@ -28,7 +29,7 @@ bench: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 
-$(INSTALLED): requirements.txt
+$(INSTALLED):
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements.txt pytest ruff
 	touch $@

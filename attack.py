@@ -34,7 +34,7 @@ def attack(classifier, images, targets, eps, step_size, steps, targeted=True, on
     x, best = images, images
     best_losses = torch.full((len(images),), torch.inf, device=images.device)
     for step in range(steps + 1):
-        x = x.detach().requires_grad_()  # the last one too, though in vain: without, it would be compiled once more
+        x = x.detach().requires_grad_()  # the last one too, or torch.compile would compile once more for it
         logits = classifier(x)
         losses = F.cross_entropy(logits, targets, reduction="none") * (1 if targeted else -1)
         better = (losses.detach() < best_losses) & losses.isfinite()

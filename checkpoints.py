@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 import utils
 from config import changes
-from utils import UserError, flatten, load_whole, serialize, write_file
+from utils import UserError, flatten, load_whole, read_file, serialize, write_file
 
 
 class Learner(NamedTuple):
@@ -59,13 +59,13 @@ def snapshot(learner, epoch, history, config, data_hash):
     return tree_map_only(torch.Tensor, partial(torch.Tensor.to, device="cpu", copy=True), state)
 
 
-def write_checkpoint(checkpoint, state, is_best):
+def write_checkpoint(checkpoint, state):
     """Write a snapshot as the last checkpoint, and as the best one if it is; that of the epoch before is kept too."""
     content = serialize(state)
     if checkpoint.exists():
         os.replace(checkpoint, beside(checkpoint, "previous"))
     write_file(checkpoint, content)
-    if is_best:  # not before: an epoch that is trained again may end otherwise on a GPU
+    if is_best(state):  # not before: an epoch that is trained again may end otherwise on a GPU
         write_file(beside(checkpoint, "best"), content)
 
 
@@ -94,33 +94,35 @@ def best_record(history):
     return max(history, key=lambda record: record["locked_acc"])
 
 
-def keep_epoch(start, checkpoint, learner, history, config, data_hash, epoch):
-    """Start writing an epoch's checkpoint; also as the best one, where its locked accuracy is the largest so far."""
-    is_best = best_record(history)["epoch"] == epoch
-    start(write_checkpoint, checkpoint, snapshot(learner, epoch, history, config, data_hash), is_best)
+def is_best(state):
+    """Whether a snapshot is of the epoch with the largest locked accuracy so far."""
+    return best_record(json.loads(state["history"]))["epoch"] == state["epoch"]
 
 
-def read_checkpoint(checkpoint, log):
-    """The last whole checkpoint, or None where none was written; raises UserError where all of them are damaged."""
+def recover(checkpoint, log):
+    """The last whole checkpoint of a run, or None where none was written; brings its files in order.
+
+    A last one that is damaged is deleted, and the best one written, where the run may have been stopped before that.
+    Raises UserError where all are damaged.
+    """
     damaged = None
     for path in (checkpoint, beside(checkpoint, "previous")):
         if not path.exists():
             continue
         try:
-            state = load_whole(path)
-            if not CHECKPOINT_KEYS <= state.keys():
-                raise ValueError("not a checkpoint of train.py")
-        except Exception as error:  # a damaged file fails in many ways; all mean the same here
-            if not utils.is_damage(error):
-                raise
-            damaged = f"{path}: damaged ({utils.first_line(error)})"
+            with utils.telling_damage(lambda why, path=path: f"{path}: damaged ({why})"):
+                state = load_whole(path)
+                if not CHECKPOINT_KEYS <= state.keys():
+                    raise ValueError("not a checkpoint of train.py")
+        except UserError as error:
+            damaged = str(error)
             log(f"{damaged}; looking for the one before")
             continue
         log(f"resumed after epoch {state['epoch']}, from {path}")
         if damaged:
             checkpoint.unlink()  # so that it never takes the place of the one before
-        if best_record(json.loads(state["history"]))["epoch"] == state["epoch"]:
-            write_file(beside(checkpoint, "best"), path.read_bytes())  # the run may have been stopped before this
+        if is_best(state):
+            write_file(beside(checkpoint, "best"), read_file(path))
         return state
     if damaged:
         raise UserError(f"{damaged}, and there is no other; start again with --overwrite")

@@ -12,31 +12,23 @@ from utils import COMPILE, MAX_SEED, PRECISIONS, UserError, check_known, did_you
 
 
 class Key(NamedTuple):
-    """A key of config.yaml: its default, or a type if it must be given; the text of --help; what it can be."""
+    """A key of config.yaml: its default, of the type of its values; the text of --help; what it can be; and whether a
+    file or a flag must give it."""
 
     default: object
     help: str
     low: float = -(10**9)
     high: float = 10**9
     choices: tuple = ()
-
-    @property
-    def required(self):
-        """Whether a file or a flag must give it."""
-        return isinstance(self.default, type)
-
-    @property
-    def kind(self):
-        """The type of its values."""
-        return self.default if self.required else type(self.default)
+    required: bool = False
 
 
 # The keys are CIFAR-ZOO's and the authors', but for seed, precision, compile, cutmix, cutmix_alpha, train_on,
 # subset, pretrained, enlarge, preprocess and adversarial, which are new.
 KEYS = {
-    "architecture": Key(str, "one of models/, as preresnet110, or torchvision/NAME", choices=tuple(MODELS)),
-    "dataset": Key(str, "cifar10, digits or folder", choices=tuple(DATASETS)),
-    "orig_data_path": Key(str, "folder of the original data set"),
+    "architecture": Key("", "one of models/, or torchvision/NAME", choices=tuple(MODELS), required=True),
+    "dataset": Key("", "cifar10, digits or folder", choices=tuple(DATASETS), required=True),
+    "orig_data_path": Key("", "folder of the original data set", required=True),
     "locked_train_image": Key("./data/train_image_basic", "locked file"),
     "locked_train_label": Key("./data/train_label_basic", "locked file"),
     "locked_test_image": Key("./data/test_image_basic", "locked file"),
@@ -104,10 +96,10 @@ ALIASES = {"data_path": "orig_data_path"}  # CIFAR-ZOO's name: ours
 
 
 def changes(before, config):
-    """By which keys a config makes another run than an earlier one, which is flat: {key: (then, now)}.
+    """The keys that make a config another run than an earlier one: {key: (then, now)}. before is the earlier config,
+    flat; a key that it lacks had its default then.
 
-    A key that is newer than the earlier one had its default. A schedule of STEPs can go on for longer, and a precision
-    of auto is the one that the run was begun in.
+    A schedule of STEPs can go on for longer, and a precision of auto is the one that the run was begun in.
     """
     free_if = {"epochs": config.lr_scheduler.type == "STEP", "precision": config.precision == "auto"}
     free = FREE_ON_RESUME | {key for key, may in free_if.items() if may}
@@ -146,14 +138,14 @@ def load_config(path, overrides):
     given = read_config_file(path)
     where = {key: f"{path}: {key}" for key in [*KEYS, *given]}
     for key, text in overrides.items():
-        given[key], where[key] = parse_flag(text, KEYS[key].kind), f"--{key}"
+        given[key], where[key] = parse_flag(text, type(KEYS[key].default)), f"--{key}"
     values = flatten(CONFIG)
     for key, value in given.items():
         if isinstance(CONFIG.get(key), dict):
             raise UserError(f"{where[key]}: expected keys below it, like {', '.join(CONFIG[key])}")
         if key not in KEYS:
             raise UserError(f"{path}: unknown key '{key}'{did_you_mean(key, KEYS)}")
-        values[key] = convert(value, KEYS[key].kind, where[key])
+        values[key] = convert(value, type(KEYS[key].default), where[key])
     missing = [name for name, key in KEYS.items() if key.required and name not in given]
     if missing:
         raise UserError(f"{path}: the key '{missing[0]}' is missing")

@@ -5,7 +5,7 @@ import itertools
 import os
 import unicodedata
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -98,34 +98,41 @@ def load_folder(root, split):
     if min(size[1:]) < 8:
         raise UserError(f"{first}: {size[2]}x{size[1]} pixels are too few; take images of at least 8x8")
 
-    def png(path):
-        return Path(path).relative_to(folder).with_suffix(".png")
-
-    def place(sample):  # by the name that it gets: a locked or an unlocked folder is read in the order of its originals
-        path, label = sample
-        return label, png(path).parent.as_posix(), png(path).name
-
-    nth = defaultdict(itertools.count)
-    samples = sorted(files.samples, key=place)
-    samples.sort(key=lambda sample: next(nth[sample[1]]))  # a stable sort: class by class
+    samples = by_turns(files.samples, folder)
     try:
         images = torch.empty(len(samples), *size, dtype=torch.uint8)
     except RuntimeError as error:
         what = f"{len(samples)} images of {size[2]}x{size[1]} pixels"
         raise UserError(f"{folder}: {what} do not fit into memory; scale them down") from error
-    for index, (path, _) in enumerate(samples):
+    for index, (path, *_) in enumerate(samples):
         image = read_image(path)
         if image.shape != size:
             found, expected = (f"{shape[2]}x{shape[1]}" for shape in (image.shape, size))
             raise UserError(f"{path}: is {found} pixels, but {first} is {expected}; bring all images to one size")
         images[index] = image
-    names = [png(path).as_posix() for path, _ in samples]
+    _, labels, names = zip(*samples)
     colon = next((name for name in names if ":" in name), None)
     if colon:
         raise UserError(f"{folder}: {colon} has a colon in its name, which Windows does not take; rename it")
     # to macOS and Windows, a capital is a small letter, and to macOS an accent with or in its letter the same
     check_names(names, files.classes, folder, fold=lambda name: unicodedata.normalize("NFC", name).lower())
-    return Split(images, torch.tensor([label for _, label in samples]), files.classes, names)
+    return Split(images, torch.tensor(labels), files.classes, list(names))
+
+
+def by_turns(samples, folder):
+    """(path, label, name) for each sample (path, label) below a folder: of each class the first, then the second, and
+    so on.
+
+    The name is that of the PNG file that it will be; samples are sorted by it, so that a folder of these files is read
+    in the order of its originals.
+    """
+    found = []
+    for path, label in samples:
+        name = Path(path).relative_to(folder).with_suffix(".png")
+        found.append((label, name.parent.as_posix(), name.name, path))
+    classes = [list(group) for _, group in itertools.groupby(sorted(found), key=lambda sample: sample[0])]
+    turns = itertools.chain(*itertools.zip_longest(*classes))
+    return [(path, label, f"{parent}/{name}") for label, parent, name, path in filter(None, turns)]
 
 
 def is_plain(name):

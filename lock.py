@@ -29,7 +29,7 @@ from attack import attack
 from data import DATASETS, SPLITS, to_float, to_uint8
 from graphs import Compiled
 from lockfiles import Paths, sha256
-from methods import METHODS, attacks_of, combine, given_parameters, target_maps
+from methods import METHODS, PARAMETERS, attacks_of, combine, given_parameters, target_maps
 from models.base import FoldedClassifier, check_size, load_classifier
 from ranks import Ranks
 from utils import COMPILE, PRECISIONS, UserError, number, parse_seed, write_file
@@ -42,7 +42,9 @@ BATCH_SIZES = {"cuda": 500, "cpu": 128}
 def measure(classifier, images, locked, labels, targets):
     """Measurements of each image of a batch, by name, as tensors [N].
 
-    images and locked uint8 [N, 3, H, W]: the originals, and what is delivered; targets [maps, N].
+    images and locked uint8 [N, 3, H, W]: the originals, and what is delivered; labels int64 [N], targets [maps, N].
+    to_target and to_true say whether the classifier takes it for one of the targets, and for the label; l2 is the
+    distance in pixels of [0, 1], and psnr in dB, infinite where nothing was changed.
     """
     # here, because a mistake in the flags is told seconds sooner without it
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
@@ -178,7 +180,7 @@ def load_inputs(args):
     classes = splits["train"].classes
     if len(classes) < 2:
         raise UserError(f"{args.orig_data}: images of one class cannot be sent to another; lock at least two classes")
-    device, reason = utils.pick_device()
+    device, reason = utils.set_up_device()
     classifier = load_classifier(args.resume_path, args.arch, args.dataset, len(classes))
     check_size(classifier, to_float(splits["train"].images[:1]), args.arch)
     # channels_last is the order in which convolutions are fast
@@ -192,11 +194,10 @@ def lock_dataset(args, ranks):
     locks = {method: Paths(args.lock_data, suffix) for method, suffix in suffixes_of(args).items()}
     maps, base_sha256 = target_maps(len(classes), args.manual_seed), sha256(utils.read_file(args.resume_path))
     hashes = shards.hash_originals(splits)
-    settings = {method: shards.settings_of(method, classes, hashes, maps, base_sha256, args) for method in locks}
-    given = shards.given_choices(args)  # before args hold what is chosen for want of a flag
-    chosen, why = ranks.on_rank0(choose, args, locks, settings, classifier, splits, device)
+    asked = {method: shards.asked_settings(method, classes, hashes, maps, base_sha256, args) for method in locks}
+    chosen, why = ranks.on_rank0(choose, args, locks, asked, classifier, splits, device)
     vars(args).update(chosen)
-    settings = {method: fixed | chosen for method, fixed in settings.items()}
+    settings = {method: each | chosen for method, each in asked.items()}
     ranks.on_rank0(check_alike, ranks.gather(settings))
     folded = FoldedClassifier(classifier, PRECISIONS[args.precision])
     if args.compile == "always":
@@ -204,7 +205,7 @@ def lock_dataset(args, ranks):
         folded.model.forward = Compiled(folded.model.forward, batch_size, ranks.say)
     with ExitStack() as stack:
         ranks.on_rank0(stack.enter_context, utils.exclusive(args.lock_data))
-        manifests = ranks.on_rank0(shards.prepare, locks, settings, given, args)
+        manifests = ranks.on_rank0(shards.prepare, locks, asked, chosen, args)
         todo = {method: paths for method, paths in locks.items() if not manifests[method]}
         if todo:
             where = f"{device} ({reason})" + (f" and {ranks.world_size - 1} more" if ranks.world_size > 1 else "")
@@ -253,16 +254,16 @@ def write_locks(locks, manifests, settings, splits, args):
             shards.forget(paths)
 
 
-def choose(args, locks, settings, classifier, splits, device):
+def choose(args, locks, asked, classifier, splits, device):
     """Precision, compile and batch size, by name: from the flags, or else as a lock was begun, or else what suits the
     device. And why that precision.
 
     The number of methods does not count, so that each gets the same files as alone.
     """
-    begun = shards.earlier_choices(locks, settings, args)
+    begun = shards.earlier_choices(locks, asked, args.overwrite)
     precision, why = utils.pick_precision(args.precision, device, classifier, begun.get("precision"))
     faster = device.type == "cuda" or (precision == "bfloat16" and utils.bfloat16_unit())
-    passes = (args.attack_steps + 1) * sum(len(split.labels) for split in splits.values())
+    passes = (args.attack_steps + 1) * sum(len(part.labels) for part in splits.values())
     compile = utils.pick_compile(args.compile, faster, passes, begun.get("compile"))
     batch_size = args.batch_size or begun.get("batch_size") or default_batch_size(splits["train"].images, device)
     return {"precision": precision, "compile": compile, "batch_size": batch_size}, why
@@ -436,7 +437,7 @@ def complete_arguments(args):
         args.format = args.format or ["tensor"]
     methods = args.lock_method or ([] if args.unlock else ["basic"])
     args.lock_method = list(METHODS) if "all" in methods else list(dict.fromkeys(methods))
-    vars(args).update({"alpha": 0.5, "lambd": 0.5} | given_parameters(args, args.lock_method))
+    vars(args).update(PARAMETERS | given_parameters(args, args.lock_method))
     check_folders(args)
     return args
 

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 
 from data import SPLITS, check_names, is_plain, read_image, to_uint8
-from methods import TARGET_MAPS, parameters_of
-from utils import UserError, discard, first_line, naming, read_file, serialize, sync_folder, telling_damage
+from methods import PARAMETERS, TARGET_MAPS, parameters_of
+from utils import UserError, discard, naming, read_file, serialize, sync_folder, telling_damage
 
 # Names of files
 
 
-def lock_suffix(method, alpha=0.5, lambd=0.5):
+def lock_suffix(method, alpha=PARAMETERS["alpha"], lambd=PARAMETERS["lambd"]):
     """The end of a locked file's name: basic, 50_mixup, 50_horiz or mixandcat, as in the authors' code.
 
     Their mixandcat names neither alpha nor lambd. Here it does where one differs from 0.5, as 30_50_mixandcat for
@@ -161,10 +161,9 @@ REMEDY = "get it again from a copy, or lock again with --overwrite"  # for a fil
 
 def read_json(path):
     """The dict that a JSON file holds; raises UserError where it is damaged."""
-    try:
-        return dict(json.loads(read_file(path)))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON, or damaged ({first_line(error)}); {REMEDY}") from error
+    content = read_file(path)
+    with telling_damage(lambda why: f"{path}: not JSON, or damaged ({why}); {REMEDY}"):
+        return dict(json.loads(content))
 
 
 def read_manifest(paths):
@@ -343,8 +342,8 @@ def load_locked(image_path, label_path, lock_flags=""):
     Where a manifest stands beside the images, both files must be those that it names, and where it names PNG files
     only, these are read. Without one, reads the same files, and the authors' lists of float32 batches in [0, 1],
     which are rounded to the nearest 8-bit value; the manifest is then None. Raises UserError naming the file
-    where one is absent, damaged or does not fit. lock_flags, such as " --dataset digits", go into the command
-    that the error for an absent file names.
+    where one is absent, damaged or does not fit. lock_flags, such as "--dataset digits", go into the command that
+    the error for an absent file names.
     """
     image_path, label_path = Path(image_path), Path(label_path)
     paths, split = parse_path(image_path)
@@ -375,5 +374,6 @@ def how_to_lock(path, lock_flags):
     if not parsed or path not in paths.groups()["tensor"]:
         return ", nor a name that lock.py gives; correct it"
     method, parameters = parsed
-    flags = "".join(f" --{name} {value:.12g}" for name, value in parameters.items() if value != 0.5)
-    return f"; make it with python lock.py --lock-data {path.parent} --lock-method {method}{flags}{lock_flags}"
+    flags = "".join(f" --{name} {value:.12g}" for name, value in parameters.items() if value != PARAMETERS[name])
+    command = f"python lock.py --lock-data {path.parent} --lock-method {method}{flags} {lock_flags}".rstrip()
+    return f"; make it with {command}, and the --arch and --resume-path of its base classifier"

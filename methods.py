@@ -13,6 +13,8 @@ TARGET_MAPS = {
     "T3": (6, 2, 9, 1, 0, 7, 5, 3, 4, 8),
     "T4": (3, 9, 6, 1, 5, 8, 4, 7, 0, 2),
 }
+# What the methods can be given, as the paper has it, in the order in which a file's name gives it
+PARAMETERS = {"alpha": 0.5, "lambd": 0.5}
 # The sides of a locked image, from left to right; each side is one attack, or a blend of two.
 METHODS = {
     "basic": (("T1",),),
@@ -28,15 +30,18 @@ def attacks_of(methods):
 
 
 def parameters_of(methods):
-    """The parameters that any of the methods reads, in the order in which a file's name gives them."""
-    sides = [METHODS[method] for method in methods]
-    reads = {"alpha": any(len(each) == 2 for each in sides), "lambd": any(len(each[0]) == 2 for each in sides)}
-    return [name for name, read in reads.items() if read]
+    """Which of the PARAMETERS any of the methods reads."""
+    layouts = [METHODS[method] for method in methods]
+    read = {
+        "alpha": any(len(sides) > 1 for sides in layouts),
+        "lambd": any(len(attacks) > 1 for sides in layouts for attacks in sides),
+    }
+    return [name for name in PARAMETERS if read[name]]
 
 
 def given_parameters(args, methods):
     """The parameters that flags give, by name; raises UserError for one that none of the methods reads."""
-    given = {name: value for name in ("alpha", "lambd") if (value := getattr(args, name)) is not None}
+    given = {name: value for name in PARAMETERS if (value := getattr(args, name)) is not None}
     read = parameters_of(methods)
     for name in given:
         if name not in read:
@@ -69,11 +74,11 @@ def derangement(n, generator):
             return permutation.tolist()
 
 
-def combine(attacked, method, alpha=0.5, lambd=0.5):
+def combine(attacked, method, alpha=PARAMETERS["alpha"], lambd=PARAMETERS["lambd"]):
     """Put the attacks of a method together.
 
-    attacked maps the name of a target map to images [N, C, H, W]. A blend is lambd of its first attack and
-    1 - lambd of its second; of two sides, the left takes the columns [0, alpha * W), rounded down.
+    attacked maps the name of a target map to images [N, C, H, W]; alpha and lambd from 0 to 1. A blend is lambd of its
+    first attack and 1 - lambd of its second; of two sides, the left takes the columns [0, alpha * W), rounded down.
     """
     sides = [
         attacked[names[0]] if len(names) == 1 else lambd * attacked[names[0]] + (1 - lambd) * attacked[names[1]]

@@ -51,11 +51,9 @@ def note_start(path, epochs, device, **given):
 
     epochs is the range of those that it trains. What is given is added to what is known of every start.
     """
-    try:
+    with utils.telling_damage(lambda why: f"{path}: damaged ({why}); delete it, and the run goes on"):
         starts = json.loads(path.read_text()) if path.exists() else []
         starts = [start for start in starts if start["from_epoch"] < epochs.start]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: damaged ({utils.first_line(error)}); delete it, and the run goes on") from error
     if epochs:
         start = {
             "from_epoch": epochs.start,

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import shutil
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -39,10 +40,10 @@ CHOICES = {
 }
 
 
-def settings_of(method, classes, hashes, maps, base_sha256, args):
-    """All that decides what a lock is, but for the CHOICES; hashes are those of hash_originals.
+def asked_settings(method, classes, hashes, maps, base_sha256, args):
+    """All that decides what a lock is, but for those of the CHOICES that no flag makes; hashes are of hash_originals.
 
-    With these added, locks of the same settings are the same on the same kind of processor, with the same versions and
+    With all CHOICES, locks of the same settings are the same on the same kind of processor, with the same versions and
     threads. (compile says what was asked for: where torch.compile failed, the lock was made without.)
     """
     flags = "eps", "attack_lr", "attack_steps", "manual_seed", "subset", "arch"
@@ -54,6 +55,7 @@ def settings_of(method, classes, hashes, maps, base_sha256, args):
         "original_sha256": hashes,
         "base_sha256": base_sha256,
         "target_maps": {name: maps[name] for name in attacks_of([method])},
+        **{name: value for name in CHOICES if (value := getattr(args, name)) not in (None, "auto")},
     }
 
 
@@ -68,42 +70,37 @@ def refuse_others(where, then, now):
         )
 
 
-def given_choices(args):
-    """The CHOICES that flags make, by name."""
-    return {name: value for name in CHOICES if (value := getattr(args, name)) not in (None, "auto")}
-
-
 def choices_in(settings):
     """The CHOICES in the settings of a lock, by name."""
     return {name: settings[name] for name, known in CHOICES.items() if known(settings.get(name))}
 
 
-def earlier_choices(locks, settings, args):
+def earlier_choices(locks, asked, overwrite):
     """The CHOICES of the first lock that is finished or was begun, by name; none where there is no such lock, or where
-    --overwrite is to replace it. settings are those of settings_of, by method."""
+    --overwrite is to replace it. asked are the asked_settings, by method."""
     for method, paths in locks.items():
-        manifest = None if args.overwrite else lockfiles.read_manifest(paths)
-        before = manifest["settings"] if manifest else begun_with(paths, args.overwrite)
-        if before and (not args.overwrite or before.items() >= (settings[method] | given_choices(args)).items()):
+        manifest = None if overwrite else lockfiles.read_manifest(paths)
+        before = manifest["settings"] if manifest else begun_with(paths, overwrite)
+        if before and (not overwrite or before.items() >= asked[method].items()):
             return choices_in(before)
     return {}
 
 
-def find_finished(paths, settings, given, overwrite):
+def find_finished(paths, asked, chosen, overwrite):
     """The manifest of a finished lock of these settings, or None where there is something to do.
 
-    What no flag chooses, and so is not in given, may be otherwise in each finished lock. Raises UserError where files
-    of other settings, or of other origin, would be replaced without --overwrite.
+    What was chosen but not asked for may be otherwise in each finished lock. Raises UserError where files of other
+    settings, or of other origin, would be replaced without --overwrite.
     """
     if overwrite:
         return None
     manifest = lockfiles.read_manifest(paths)
     if manifest:
-        refuse_others(paths.manifest, manifest["settings"], settings | choices_in(manifest["settings"]) | given)
+        refuse_others(paths.manifest, manifest["settings"], chosen | choices_in(manifest["settings"]) | asked)
         return manifest
     begun = begun_with(paths)
     if begun:
-        refuse_others(paths.partial, begun, settings)
+        refuse_others(paths.partial, begun, asked | chosen)
     else:
         for path in itertools.chain(*paths.groups().values()):
             if path.exists():
@@ -131,15 +128,13 @@ def check_places(locks, args):
             raise UserError(f"{paths.tree} exists, and is not of a lock; name another folder with --lock-data")
 
 
-def prepare(locks, settings, given, args):
+def prepare(locks, asked, chosen, args):
     """Make ready for locking by each method; returns, for each, its manifest where that is done, or else None.
 
-    given are those of given_choices. Raises UserError before anything is changed.
+    asked are the asked_settings, by method, and chosen the CHOICES. Raises UserError before anything is changed.
     """
     check_places(locks, args)
-    manifests = {
-        method: find_finished(paths, settings[method], given, args.overwrite) for method, paths in locks.items()
-    }
+    manifests = {method: find_finished(paths, asked[method], chosen, args.overwrite) for method, paths in locks.items()}
     for method, paths in locks.items():
         if manifests[method]:
             check_finished(paths, manifests[method], args.key_out)
@@ -149,7 +144,7 @@ def prepare(locks, settings, given, args):
         for folder in (paths.staging, paths.trash):  # left by a process that was killed
             shutil.rmtree(folder, ignore_errors=True)
         if not manifests[method]:
-            begin(paths, settings[method], args.overwrite)
+            begin(paths, asked[method] | chosen, args.overwrite)
     return manifests
 
 
@@ -211,13 +206,10 @@ def write_all(locks, split, starts, made):
 def read_shard(paths, split, start):
     """A shard as the dict that was written, or None where there is none, or none that is whole."""
     path = shard_path(paths, split, start)
-    try:
+    with suppress(UserError), utils.telling_damage(str):  # absent, or damaged: this batch is to be locked
         shard = utils.load_whole(path)
         return shard if shard["of"] == path.name else None
-    except Exception as error:  # absent, or damaged, which fails in many ways: this batch is to be locked
-        if not utils.is_damage(error):
-            raise
-        return None
+    return None
 
 
 def read_shards(paths, split, starts):
@@ -234,7 +226,11 @@ def read_shards(paths, split, starts):
 
 
 def summarize(measured, method):
-    """The measurements of a split, one number or truth value an image, as the numbers that stand in a manifest."""
+    """The measurements of a split, one number or truth value an image, as the numbers that stand in a manifest.
+
+    Accuracies are shares from 0 to 1, distances in pixels of [0, 1]; the PSNR, in dB, is the mean over the images that
+    were changed, and None where none was.
+    """
     measured = {name: values.double() for name, values in measured.items()}  # so that 9 of 10 are 0.9
     changed = measured["l2"] > 0  # the PSNR of an image that is as it was is infinite
     return {

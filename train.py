@@ -25,12 +25,22 @@ import runs
 import utils
 from attack import attack
 from augmentation import as_inputs, augment, enlarge, make_mixer, preprocess
-from checkpoints import Learner, background, is_begun, keep_epoch, load_pretrained, on_gpu, read_checkpoint, restore
+from checkpoints import (
+    Learner,
+    background,
+    is_begun,
+    load_pretrained,
+    on_gpu,
+    recover,
+    restore,
+    snapshot,
+    write_checkpoint,
+)
 from config import KEYS, load_config
 from data import DATASETS, SPLITS, is_plain
 from graphs import Captured, Compiled
 from lockfiles import Paths, hash_tensor, load_locked, lock_suffix, parse_path, sha256
-from methods import METHODS, given_parameters
+from methods import METHODS, PARAMETERS, given_parameters
 from models import MODELS
 from utils import UserError, number
 
@@ -125,8 +135,8 @@ def train_epoch(step, images, labels, config):
 
 
 def hits(logits, targets):
-    """How right the predictions of logits [N, classes] are, [N]: whether each is its target, of int64 [N], or the
-    probability of the predicted class, where targets are [N, classes]."""
+    """How right each prediction of logits [N, classes] is, [N]: with targets int64 [N], whether it is the target; with
+    targets [N, classes], which are probabilities, that of the predicted class."""
     predictions = logits.argmax(1)
     return targets.gather(1, predictions[:, None])[:, 0] if targets.dim() == 2 else predictions == targets
 
@@ -153,7 +163,7 @@ def load_data(config):
 
     Raises UserError where a file is absent, has changed, or does not fit the config or the other files.
     """
-    flags = f" --dataset {config.dataset} --orig-data {config.orig_data_path}, and its --arch and --resume-path"
+    flags = f"--dataset {config.dataset} --orig-data {config.orig_data_path}"
     original = DATASETS[config.dataset].load(config.orig_data_path, "test")
     files = {split: [config[f"locked_{split}_{kind}"] for kind in ("image", "label")] for split in SPLITS}
     locked = {split: load_locked(*files[split], flags) for split in SPLITS}
@@ -242,8 +252,8 @@ def parse_arguments():
     parser.add_argument("--overwrite", action="store_true", help="start again where the run's folder holds one already")
     parser.add_argument("--lock-method", choices=METHODS, help="use the files of this method")
     parser.add_argument("--lock-data", help="use the files in this folder")
-    for name in ("alpha", "lambd"):
-        parser.add_argument(f"--{name}", type=number(float, 0, 1), help=f"lock.py's --{name} (default: 0.5)")
+    for name, usual in PARAMETERS.items():
+        parser.add_argument(f"--{name}", type=number(float, 0, 1), help=f"lock.py's --{name} (default: {usual})")
     keys = parser.add_argument_group("keys of config.yaml")
     for name, key in KEYS.items():
         value = "required" if key.required else f"default: {key.default or repr(key.default)}"
@@ -330,7 +340,7 @@ def find_state(checkpoint, folder, log):
 
     Raises UserError where that would lose a run, or where the checkpoints are damaged.
     """
-    state = read_checkpoint(checkpoint, log)
+    state = recover(checkpoint, log)
     if not state:
         runs.check_fresh(folder, checkpoint)
         log(f"nothing to resume in {checkpoint}: starting at epoch 1")
@@ -370,8 +380,10 @@ def log_data(log, data, manifest):
 
 
 def tell_finished(folder, picture, config, data, data_hash):
-    """Whether a run has ended already, which is then told. It needs no checkpoints any more; its picture is written
-    again where it is absent."""
+    """If the run has ended already, say so, write its picture again where that is absent, and return True; else False.
+
+    It needs no checkpoints any more.
+    """
     finished = runs.finished_outcome(folder / "result.json", config, data_hash)
     if not finished:
         return False
@@ -380,6 +392,15 @@ def tell_finished(folder, picture, config, data, data_hash):
         runs.write_pictures(preprocess_all(first, config), picture)
     print(f"{folder}: finished already (--overwrite starts it again)\n{finished}")
     return True
+
+
+def begin(state, model, config, data_hash):
+    """The Learner of a run, how many epochs it has had, and its history: those of a checkpoint's state, or new ones."""
+    learner = make_learner(model, config)
+    if not state:
+        return learner, 0, []
+    restore(state, learner, config, data_hash)
+    return learner, state["epoch"], json.loads(state["history"])
 
 
 def run(args, config, data, manifest, folder, suffix):
@@ -391,11 +412,10 @@ def run(args, config, data, manifest, folder, suffix):
     if args.resume and tell_finished(folder, picture, config, data, data_hash):
         return
     data = preprocess_all(data, config)
-    device, reason = utils.pick_device(config.use_gpu)
+    device, reason = utils.set_up_device(config.use_gpu)
     torch.manual_seed(config.seed)
     fresh = not (args.resume and is_begun(checkpoint))  # else the weights are those of the checkpoint
     model, pretrained = build_model(config, data, fresh)
-    begun_from = {"pretrained_sha256": sha256(Path(config.pretrained).read_bytes())} if pretrained else {}
     model.to(device)
 
     runs.prepare_folder(folder, args)
@@ -408,18 +428,19 @@ def run(args, config, data, manifest, folder, suffix):
     state = find_state(checkpoint, folder, log) if args.resume else None
     why = settle_auto(config, model, state and json.loads(state["config"]).get("precision"), len(data["train"][1]))
     log(utils.describe_precision(config.precision, why, config.compile))
-    learner, done, history = make_learner(model, config), 0, []
-    if state:
-        restore(state, learner, config, data_hash)
-        done, history = state["epoch"], json.loads(state["history"])
+    learner, done, history = begin(state, model, config, data_hash)
     writers = runs.open_writers(folder, done + 1)
     if not done or not picture.exists():
         runs.write_pictures(data, picture, writers["run"])
     data = {name: (images.to(device), labels.to(device)) for name, (images, labels) in data.items()}
-    epochs, step = range(done + 1, config.epochs + 1), make_step(learner, config, log)  # only now: restore replaces lr
+    epochs, step = range(done + 1, config.epochs + 1), make_step(learner, config, log)
+    begun_from = {"pretrained_sha256": sha256(utils.read_file(config.pretrained))} if pretrained else {}
     made_with = runs.note_start(folder / "made_with.json", epochs, device, **begun_from)
     with background() as start:  # a checkpoint of vgg19 takes about as long to write as an epoch on a GPU
-        keep = partial(keep_epoch, start, checkpoint, learner, history, config, data_hash)
+
+        def keep(epoch):
+            start(write_checkpoint, checkpoint, snapshot(learner, epoch, history, config, data_hash))
+
         if not epochs and history[-1]["epoch"] < done:  # it was to go on when it was trained
             history.append({"epoch": done, **evaluate_both(learner.model, data, done, config, writers)})
             keep(done)

@@ -122,7 +122,7 @@ def is_damage(error):
 
 @contextmanager
 def telling_damage(tell):
-    """Let an error inside that says that a file is damaged be a UserError with the text of tell(reason).
+    """Turn an error inside that means a damaged file (see is_damage) into a UserError with the text of tell(reason).
 
     A damaged file, or one of another kind, fails in many ways; all mean the same to the user.
     """
@@ -138,6 +138,11 @@ def quiet_excepthook(args):
     """Say nothing of an OSError in a thread: TensorBoard's writer raises it again in the main thread."""
     if not issubclass(args.exc_type, OSError):
         threading.__excepthook__(args)
+
+
+def first_line(error):
+    """What an error says, short enough for a line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0][:150]
 
 
 def printable(text):
@@ -247,7 +252,7 @@ def discard(folder, trash):
 
 
 def lies_in(path, folder):
-    """Whether a path is a folder, or lies in it, capitals aside: many disks do not tell them apart."""
+    """Whether a path lies in a folder, or is that folder, capitals aside: many disks do not tell them apart."""
     path, folder = (Path(os.path.realpath(each).lower()) for each in (path, folder))
     return path.is_relative_to(folder)
 
@@ -292,9 +297,7 @@ def exclusive(folder):
         lock.release()
 
 
-def first_line(error):
-    """What an error says, short enough for a line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0][:150]
+# Trees
 
 
 def flatten(tree, prefix=""):
@@ -328,8 +331,9 @@ def differing(one, other):
 # Devices
 
 
-def pick_device(use_gpu=True):
-    """The device to compute on, and why, as a pair (torch.device, str); processes share the GPUs by LOCAL_RANK.
+def set_up_device(use_gpu=True):
+    """Set up the device to compute on; returns it and why, as a pair (torch.device, str). Processes share the GPUs by
+    LOCAL_RANK.
 
     From here on, no GPU rounds what it multiplies to TF32: float32 means float32. And cuDNN tries which of its
     algorithms is the fastest, which repays where all batches are alike; but its attention is not used.
@@ -410,6 +414,9 @@ def pick_compile(name, faster, passes, begun=None):
 def describe_precision(precision, why, compile):
     """What a command says of pick_precision and pick_compile, as a line."""
     return f"in {precision} ({why})" + (", compiled" if compile == "always" else "")
+
+
+# What models take
 
 
 def check_size(model, images, where):

@@ -29,7 +29,7 @@ import utils
 from experiments.pictures import plot_curves, plot_images
 from experiments.tables import gather, table
 from experiments.variants import VARIANTS
-from methods import METHODS, given_parameters, parameters_of
+from methods import METHODS, PARAMETERS, given_parameters, parameters_of
 from utils import UserError
 
 # Run
@@ -127,7 +127,7 @@ def parse_arguments():
     add("--images", type=picture_path, metavar="FILE", help="also show the images that each lock made, in this file")
     add("--run", action="store_true", help="first train what is not trained yet")
     add("--lock-method", nargs="+", choices=[*METHODS, "all"], default=[None], help="default: that of config.yaml")
-    for name in ("alpha", "lambd"):
+    for name in PARAMETERS:
         add(f"--{name}", type=utils.number(float, 0, 1), help=f"lock.py's --{name}, for methods that it is for")
     add("--seed", nargs="+", type=utils.parse_seed, default=[None], help="default: that of config.yaml")
     add(

@@ -19,12 +19,13 @@ def panels_of(groups):
 
     A control that is drawn beside what it controls has no panel of its own.
     """
-    panels, used = {}, [control[0]["training"] for group in groups if (control := control_of(group[0], groups))]
+    controls = filter(None, (control_of(group[0], groups) for group in groups))
+    used, panels = [control[0]["training"] for control in controls], {}
     for group in groups:
         first = group[0]
         if first["training"] not in used:
-            name = "{architecture} on {dataset}, {label}".format(**first), first["lock_name"], first["epochs"]
-            panels.setdefault((name, json.dumps(first["training"], default=str)), []).append(group)
+            name = ("{architecture} on {dataset}, {label}".format(**first), first["lock_name"], first["epochs"])
+            panels.setdefault((name, json.dumps(first["training"])), []).append(group)
     trainings = [members[0][0]["training"] for members in panels.values()]
     differences = tell_apart([name for name, _ in panels], trainings)
     for (((model, lock, _), _), members), difference in zip(panels.items(), differences):

@@ -11,7 +11,7 @@ import utils
 from config import CONFIG, FREE_ON_RESUME
 from data import canonical_name
 from experiments.variants import VARIANTS
-from methods import METHODS
+from methods import METHODS, PARAMETERS
 from utils import flatten
 
 # From the README of the authors' code: accuracy in % on the original and on the locked test set of CIFAR-10.
@@ -149,7 +149,7 @@ def tell_apart(names, settings):
 
 def method_of(result):
     """The lock method of a result, and the parameters that differ from the paper's."""
-    parameters = [f" {name} {result[name]:g}" for name in ("alpha", "lambd") if result.get(name, 0.5) != 0.5]
+    parameters = [f" {name} {result[name]:g}" for name, usual in PARAMETERS.items() if result.get(name, usual) != usual]
     return result["lock_method"] + "".join(parameters)
 
 
@@ -219,10 +219,12 @@ def control_of(result, groups):
     was tested on the same lock, has the same AUGMENTATIONS, the same precision."""
     training, augmentations = split_training(result)
     wanted = training | VARIANTS["control"]
+    if wanted == training:  # it is a control itself
+        return None
 
     def is_control(other):
         others, its = split_training(other)
-        return training != wanted == others and its.items() <= augmentations.items()
+        return others == wanted and its.items() <= augmentations.items()
 
     def likeness(group):
         other = group[0]

@@ -1,4 +1,4 @@
-"""Base classifiers: trained by robustness, loaded from its checkpoints. But for tests, only this file knows it.
+"""Base classifiers: trained by robustness, loaded from its checkpoints. But for tests, only this file imports it.
 
     python -m models.base --dataset cifar --data ./data/cifar10 --adv-train 0 --arch resnet50 \\
         --out-dir ./logs/checkpoints/dir/ --exp-name resnet50
@@ -217,7 +217,10 @@ def load_base(path, arch, dataset, num_classes=10):
 
 
 def load_classifier(path, arch, dataset, num_classes=10):
-    """A base classifier as one module: images [N, 3, H, W] in [0, 1] to logits [N, classes]; it normalises itself."""
+    """A base classifier as one module: images [N, 3, H, W] in [0, 1] to logits [N, classes]; it normalises itself.
+
+    Raises UserError where the checkpoint is absent, damaged, or of another architecture.
+    """
     model = load_base(path, arch, dataset, num_classes)
     return nn.Sequential(model.normalizer, model.model).requires_grad_(False).eval()
 
@@ -264,7 +267,7 @@ def import_robustness():
 
 
 def parse_length(text):
-    """A number or fraction of at least 0, as 8/255; raises one of several errors where the text is none."""
+    """A number or fraction of at least 0, as 8/255; raises an error (see expression) where the text is none."""
     value = float(Fraction(text))
     if value < 0:
         raise ValueError
@@ -272,7 +275,7 @@ def parse_length(text):
 
 
 def parse_multiplier(text):
-    """A list of epochs and factors in their order, as [(0, 1), (50, 0.1)]; raises one of several errors likewise."""
+    """A list of epochs and factors in their order, as [(0, 1), (50, 0.1)]; raises an error likewise."""
     periods = [(float(epoch), float(factor)) for epoch, factor in ast.literal_eval(text)]
     negative = any(factor < 0 for _, factor in periods)
     if not periods or negative or periods != sorted(periods) or not np.isfinite(periods).all():
@@ -424,7 +427,7 @@ def keep_best(args, resumed):
     best = folder_of(args) / "checkpoint.pt.best"
     known = read_checkpoint(best).get(accuracy_key(args.adv_train), 0) if best.exists() else 0
     if resumed > known:
-        write_file(best, Path(args.resume).read_bytes())
+        write_file(best, utils.read_file(args.resume))
     return max(known, resumed)
 
 
@@ -521,7 +524,7 @@ def main():
     """Train or evaluate a base classifier as the flags say; its folder is --out-dir/--exp-name."""
     robustness_main = import_robustness()
     args = parse_arguments(robustness_main)
-    device, reason = utils.pick_device()
+    device, reason = utils.set_up_device()
     torch.manual_seed(args.manual_seed)
     train_split, test_split = (DATASETS[args.dataset].load(args.data, split) for split in SPLITS)
     which = args.arch, args.dataset, len(train_split.classes)

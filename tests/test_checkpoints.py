@@ -73,21 +73,21 @@ def test_the_first_of_equally_good_epochs_is_the_best():
     kept, history, learner = [], [{"epoch": 1, "locked_acc": 50.0}], learner_of(nn.Linear(1, 1), lr=0)
     for epoch, accuracy in {2: 50.0, 3: 51.0}.items():
         history.append({"epoch": epoch, "locked_acc": accuracy})
-        checkpoints.keep_epoch(lambda *args: kept.append(args[-1]), None, learner, history, {}, "", epoch)
+        kept.append(checkpoints.is_best(checkpoints.snapshot(learner, epoch, history, {}, "")))
     assert kept == [False, True]
 
 
 def test_a_checkpoint_of_something_else(tmp_path):
     torch.save({"epoch": 1}, tmp_path / "ckpt.pth.tar")
     with pytest.raises(UserError, match="ckpt.pth.tar: damaged"):
-        checkpoints.read_checkpoint(tmp_path / "ckpt.pth.tar", log=print)
+        checkpoints.recover(tmp_path / "ckpt.pth.tar", log=print)
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_alone(tmp_path):
     path = tmp_path / "ckpt.pth.tar"
     state = dict.fromkeys(checkpoints.CHECKPOINT_KEYS, 1) | {"history": '[{"epoch": 1, "locked_acc": 50}]'}
     torch.save(state, checkpoints.beside(path, "previous"))
-    assert checkpoints.is_begun(path) and checkpoints.read_checkpoint(path, log=print)["epoch"] == 1
+    assert checkpoints.is_begun(path) and checkpoints.recover(path, log=print)["epoch"] == 1
 
 
 @pytest.mark.parametrize("number, kind", [(errno.EACCES, PermissionError), (errno.EIO, OSError)])
@@ -105,7 +105,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_damaged(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(checkpoints, "load_whole", denied)
     with pytest.raises(kind, match="ckpt.pth.tar"):
-        checkpoints.read_checkpoint(path, log=print)
+        checkpoints.recover(path, log=print)
     assert path.exists()
 
 
@@ -173,13 +173,13 @@ def test_the_best_checkpoint_is_the_best_of_those_kept(tmp_path, monkeypatch, st
 
     def keep(epoch, accuracy):
         history.append({"epoch": epoch, "locked_acc": accuracy})
-        checkpoints.keep_epoch(lambda function, *args: function(*args), path, learner, history, {}, "", epoch)
+        checkpoints.write_checkpoint(path, checkpoints.snapshot(learner, epoch, history, {}, ""))
 
     with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
         patch.setattr(checkpoints, "write_file", write_or_stop)
         keep(1, 50.0)
         keep(2, 51.0)
-    state = checkpoints.read_checkpoint(path, log=print)
+    state = checkpoints.recover(path, log=print)
     assert (state["epoch"] if state else 0) == (stopped_after + 1) // 2
     history[:] = json.loads(state["history"]) if state else []
     if len(history) < 2:

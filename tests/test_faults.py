@@ -149,7 +149,7 @@ def test_a_checkpoint_that_is_cut_short_costs_one_epoch(two_epochs, work, tmp_pa
     assert f"{checkpoint}: damaged" in lines
     assert f"resumed after epoch 1, from {checkpoint.parent}/ckpt_prev" in lines
     checkpoint.write_bytes(b"")
-    assert checkpoints.read_checkpoint(checkpoint, log=print)["epoch"] == 2
+    assert checkpoints.recover(checkpoint, log=print)["epoch"] == 2
     assert not checkpoint.exists()  # or else it would take the place of the one before, at the next save
     (checkpoint.parent / "result.json").unlink()  # or else the run would be finished
     assert finish(train.main, [*flags, "--epochs", 3]) == 0

@@ -97,7 +97,7 @@ def test_absent_file_names_the_command_that_makes_it(tmp_path):
         "test_image_50_horiz": "--lock-method horiz",
         "test_image_30_40_mixandcat": "--lock-method mixandcat --alpha 0.3 --lambd 0.4",
     }.items():
-        with pytest.raises(UserError, match=f"lock.py --lock-data {tmp_path} {flags}$"):
+        with pytest.raises(UserError, match=f"lock.py --lock-data {tmp_path} {flags}, and the --arch and --resume-path of its base"):
             load_locked(tmp_path / name, tmp_path / name)
     for name in ("train_image_bsic", "train_image_mixup", "train_images_basic", "trian_image_basic", "images"):
         with pytest.raises(UserError, match=f"{name}: no such file, nor a name that lock.py gives; correct it$"):
@@ -125,7 +125,7 @@ def test_one_flipped_bit_in_a_shard_or_a_checkpoint_is_noticed(tmp_path):
         assert not torch.equal(torch.load(path)["locked"], IMAGES)
     assert shards.read_shard(paths, "train", 0) is None and shards.missing({"basic": paths}, "train", [0])
     with pytest.raises(UserError, match="ckpt.pth.tar: damaged"):
-        checkpoints.read_checkpoint(checkpoint, log=print)
+        checkpoints.recover(checkpoint, log=print)
 
 
 def test_nothing_in_a_shard_or_a_checkpoint_runs(tmp_path):
@@ -135,7 +135,7 @@ def test_nothing_in_a_shard_or_a_checkpoint_runs(tmp_path):
     assert shards.read_shard(paths, "train", 0) is None
     torch.save({"epoch": Malicious()}, tmp_path / "ckpt.pth.tar")
     with pytest.raises(UserError, match="ckpt.pth.tar: damaged"):
-        checkpoints.read_checkpoint(tmp_path / "ckpt.pth.tar", log=print)
+        checkpoints.recover(tmp_path / "ckpt.pth.tar", log=print)
 
 
 def test_a_full_memory_is_no_damage(pair, tmp_path, monkeypatch):
@@ -144,7 +144,7 @@ def test_a_full_memory_is_no_damage(pair, tmp_path, monkeypatch):
     reads = [
         partial(load_locked, *locked),
         partial(shards.read_shard, paths, "train", 0),
-        partial(checkpoints.read_checkpoint, locked[0], print),
+        partial(checkpoints.recover, locked[0], print),
         partial(checkpoints.load_pretrained, None, locked[0]),
         partial(base.read_checkpoint, locked[0]),
         partial(data.read_image, locked[0]),

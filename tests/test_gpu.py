@@ -33,7 +33,7 @@ def device(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     torch.compiler.reset()  # after eight variants of a function torch.compile would run further ones as they are
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    return utils.pick_device()[0]
+    return utils.set_up_device()[0]
 
 
 def difference(ours, theirs):

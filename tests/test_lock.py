@@ -291,7 +291,7 @@ def test_the_precision_on_a_cpu(features, unit, monkeypatch):
     """Some CPUs multiply matrices of bfloat16, which helps no model of depthwise convolutions or attention."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
     assert utils.bfloat16_unit() == unit
-    device, _ = utils.pick_device()
+    device, _ = utils.set_up_device()
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
     def picked(arch, name="auto"):

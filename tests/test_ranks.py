@@ -139,7 +139,7 @@ def test_more_processes_than_gpus_share_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     for rank in range(5):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
-        assert utils.pick_device() == (chosen[-1], "a GPU")
+        assert utils.set_up_device() == (chosen[-1], "a GPU")
     assert [device.index for device in chosen] == [0, 1, 0, 1, 0]
 
 

@@ -127,6 +127,8 @@ def test_a_key_among_what_is_handed_out_is_refused(place, user_error, monkeypatc
     way_round = f"../{tmp_path.name}/locked/key"
     for key in ("locked/key", "Locked/key", tmp_path / "locked" / "key", way_round, "link/key"):
         assert "that is handed out" in user_error(lock.main, *lock_flags(place, "locked"), "--key-out", key)
+    line = user_error(lock.main, "--dataset", "folder", "--lock-data", "locked", "--resume-path", "locked/base.pt")
+    assert "--resume-path locked/base.pt: lies in the folder that is handed out" in line
 
 
 def test_what_is_brought_to_the_disk_is_whole(monkeypatch, tmp_path):

@@ -415,7 +415,7 @@ def ceilings(device, precision):
 
 def set_up():
     """What every process begins with; returns the device, and the precision that auto picks there, each with why."""
-    device, reason = utils.pick_device()
+    device, reason = utils.set_up_device()
     torch.manual_seed(0)
     # all that is measured is a network of ordinary convolutions, which share a precision
     return device, reason, *utils.pick_precision("auto", device, MODELS["preresnet20"]())
