@@ -284,6 +284,9 @@ def verify(folder):
     if not locks:
         remedy = "finish its lock first" if interrupted else "name a folder that was given as --lock-data"
         raise UserError(f"--verify {folder}: holds no lock_*.json; {remedy}")
+    for paths in lockfiles.locks_without_manifest(folder):
+        wrong += 1
+        print(f"{paths.manifest}: absent, but files of its lock are there; get it again from a copy, or take them away")
     for paths in locks:
         manifest = lockfiles.read_manifest(paths)
         errors = [*lockfiles.check_files(paths, manifest), *lockfiles.check_unlisted(paths, manifest)]

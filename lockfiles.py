@@ -4,6 +4,7 @@ import hashlib
 import io
 import itertools
 import json
+import shlex
 from numbers import Real
 from pathlib import Path
 
@@ -96,6 +97,18 @@ def locks_in(folder):
     files = sorted(path for path in Path(folder).glob("lock_*.json") if path.is_file())
     suffixes = [path.stem.removeprefix("lock_") for path in files]
     return [Paths(folder, suffix) for suffix in suffixes if parse_suffix(suffix)]
+
+
+def locks_without_manifest(folder):
+    """The Paths of every lock in a folder of which there are files, but no manifest."""
+    names = [path.name for path in Path(folder).iterdir()]
+    suffixes = {*names, *(parse_path(Path(name))[0].suffix for name in names)}  # a tree's name is the suffix itself
+    locks = [Paths(folder, suffix) for suffix in sorted(suffixes) if parse_suffix(suffix)]
+    return [
+        paths
+        for paths in locks
+        if not paths.manifest.is_file() and any(path.exists() for path in itertools.chain(*paths.groups().values()))
+    ]
 
 
 # Hashes and manifests
@@ -375,5 +388,6 @@ def how_to_lock(path, lock_flags):
         return ", nor a name that lock.py gives; correct it"
     method, parameters = parsed
     flags = "".join(f" --{name} {value:.12g}" for name, value in parameters.items() if value != PARAMETERS[name])
-    command = f"python lock.py --lock-data {path.parent} --lock-method {method}{flags} {lock_flags}".rstrip()
+    folder = shlex.quote(str(path.parent))
+    command = f"python lock.py --lock-data {folder} --lock-method {method}{flags} {lock_flags}".rstrip()
     return f"; make it with {command}, and the --arch and --resume-path of its base classifier"

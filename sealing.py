@@ -43,6 +43,8 @@ def make_key(path):
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     except FileExistsError:
         return read_key(path)
+    except FileNotFoundError as error:
+        raise UserError(f"--key-out {path}: the folder for it does not exist; make it, or name another") from error
     try:
         with naming(path), open(descriptor, "wb") as file:
             file.write(AESGCM.generate_key(8 * KEY_BYTES).hex().encode() + b"\n")

@@ -76,14 +76,15 @@ def choices_in(settings):
 
 
 def earlier_choices(locks, asked, overwrite):
-    """The CHOICES of the first lock that is finished or was begun, by name; none where there is no such lock, or where
-    --overwrite is to replace it. asked are the asked_settings, by method."""
+    """The CHOICES of the first lock that was begun, or else of the first that is finished, by name; none where there is
+    no such lock, or where --overwrite is to replace it. asked are the asked_settings, by method."""
+    begun, finished = [], []
     for method, paths in locks.items():
         manifest = None if overwrite else lockfiles.read_manifest(paths)
         before = manifest["settings"] if manifest else begun_with(paths, overwrite)
         if before and (not overwrite or before.items() >= asked[method].items()):
-            return choices_in(before)
-    return {}
+            (finished if manifest else begun).append(choices_in(before))
+    return next(iter(begun + finished), {})
 
 
 def find_finished(paths, asked, chosen, overwrite):

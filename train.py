@@ -163,7 +163,7 @@ def load_data(config):
 
     Raises UserError where a file is absent, has changed, or does not fit the config or the other files.
     """
-    flags = f"--dataset {config.dataset} --orig-data {config.orig_data_path}"
+    flags = f"--dataset {config.dataset} --orig-data {shlex.quote(config.orig_data_path)}"
     original = DATASETS[config.dataset].load(config.orig_data_path, "test")
     files = {split: [config[f"locked_{split}_{kind}"] for kind in ("image", "label")] for split in SPLITS}
     locked = {split: load_locked(*files[split], flags) for split in SPLITS}
@@ -363,7 +363,8 @@ def build_model(config, data, fresh):
     """A model on the CPU that takes the images of data, and what to log of its pretrained weights, or None."""
     model, image = make_model(config), enlarge(as_inputs(data["original"][0][:1], config), config)
     pretrained = load_pretrained(model, config.pretrained) if config.pretrained and fresh else None
-    utils.check_size(model, image, config.architecture)
+    enlarged = f", enlarge {config.enlarge}" if config.enlarge > 1 else ""
+    utils.check_size(model, image, f"{config.architecture}{enlarged}")
     utils.check_last_batch(model, image, len(data["train"][1]), config.batch_size, "batch_size")
     return model, pretrained
 

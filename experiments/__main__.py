@@ -148,6 +148,8 @@ def complete_arguments(args, rest):
     together."""
     if rest and not args.run:
         raise UserError(f"unknown flag {rest[0]}; flags of train.py go with --run")
+    if args.plot and args.plot == args.images:
+        raise UserError(f"--images {args.images}: is the file of --plot; name another")
     if args.run and args.work_path == ["experiments"]:
         raise UserError("--run needs --work-path: the folders of the experiments to run")
     flags = [given.partition("=")[0] for given in rest if given.startswith("--")]

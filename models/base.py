@@ -16,6 +16,7 @@ import inspect
 import itertools
 import math
 import os
+import shlex
 import sys
 import types
 import warnings
@@ -379,7 +380,8 @@ def check_arguments(args):
     if found and not (args.eval_only or goes_on(args)):
         raise UserError(
             f"--exp-name {args.exp_name}: {folder} holds a classifier already, finished or not; choose another name, "
-            f"delete the folder, or go on with --resume {folder}/checkpoint.pt.latest --resume-optimizer 1"
+            f"delete the folder, or go on with --resume {shlex.quote(f'{folder}/checkpoint.pt.latest')} "
+            "--resume-optimizer 1"
         )
 
 
@@ -405,6 +407,10 @@ def read_resumed(args, model):
     from robustness.train import make_optimizer_and_schedule  # here: import_robustness has imported it
 
     checkpoint = {**read_checkpoint(args.resume), "amp": None}
+    begun_with = "lr_lambdas" in (checkpoint.get("schedule") or {})
+    if begun_with != bool(args.custom_lr_multiplier):
+        told, remedy = ("with", "give it again") if begun_with else ("without", "leave it out")
+        raise UserError(f"{args.resume}: was begun {told} --custom-lr-multiplier; {remedy}")
     try:
         optimizer, schedule = make_optimizer_and_schedule(args, model, checkpoint, None)
         optimizer.step()  # changes nothing, since there are no gradients, but PyTorch wants it before the schedule's

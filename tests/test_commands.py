@@ -365,6 +365,8 @@ def test_mistakes_in_training(place, work, user_error, command, tmp_path):
     assert "--alpha: name a --lock-method that it is for, or leave it out" in line
     alone = ["--architecture", "mobilenet_v2", "--batch_size", 95, "--overwrite"]  # of 96 images
     assert "batch_size 95: leaves the last of 96 images" in user_error(train.main, "--work-path", work, *alone)
+    line = user_error(train.main, "--work-path", work, "--architecture", "vit", "--enlarge", 2, "--overwrite")
+    assert "vit, enlarge 2: does not take images of 64x64 pixels" in line
     line = user_error(train.main, "--work-path", work, "--subset", 97)
     assert "subset is 97, but there are 96 images to train on" in line
     assert checkpoint.exists()

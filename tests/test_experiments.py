@@ -362,6 +362,8 @@ def test_mistakes(results, user_error, monkeypatch, tmp_path):
         assert f"--plot: {path}: name a PNG, PDF or SVG file, in a folder that there is" in line
     assert "unknown flag --epochs; flags of train.py go with --run" in user_error(study.main, "--epochs", 3)
     assert "--images: there is no images.png" in user_error(study.main, "--work-path", results, "--images", "i.png")
+    line = user_error(study.main, "--work-path", results, "--plot", "i.png", "--images", "./i.png")
+    assert "--images i.png: is the file of --plot; name another" in line
     assert "--run needs --work-path" in user_error(study.main, "--run")
     assert "--name: --run names its runs by variant" in user_error(
         study.main, "--run", "--work-path", "a", "--name", "b"

@@ -97,8 +97,10 @@ def test_absent_file_names_the_command_that_makes_it(tmp_path):
         "test_image_50_horiz": "--lock-method horiz",
         "test_image_30_40_mixandcat": "--lock-method mixandcat --alpha 0.3 --lambd 0.4",
     }.items():
-        with pytest.raises(UserError, match=f"lock.py --lock-data {tmp_path} {flags}, and the --arch and --resume-path of its base"):
+        with pytest.raises(UserError, match=f"lock.py --lock-data {tmp_path} {flags}, and the --arch and --resume"):
             load_locked(tmp_path / name, tmp_path / name)
+    with pytest.raises(UserError, match="lock.py --lock-data 'my data' --lock-method basic --dataset digits, and the"):
+        load_locked("my data/train_image_basic", "my data/train_label_basic", "--dataset digits")
     for name in ("train_image_bsic", "train_image_mixup", "train_images_basic", "trian_image_basic", "images"):
         with pytest.raises(UserError, match=f"{name}: no such file, nor a name that lock.py gives; correct it$"):
             load_locked(tmp_path / name, tmp_path / name)

@@ -137,6 +137,15 @@ def test_verify(place, locked, command, user_error, capsys):
     for suffix in ("50_horiz", "basic"):
         (locked / f"train_label_{suffix}").unlink()
     assert "not as they were locked: 2, see above" in user_error(lock.main, "--verify", locked)
+    (locked / "lock_50_horiz.json").unlink()
+    (locked / "mixandcat").mkdir()
+    (locked / "mixandcat" / "test.sha256").touch()
+    with pytest.raises(SystemExit):
+        command(lock.main, "--verify", locked)
+    out, error = capsys.readouterr()
+    assert "not as they were locked: 3, see above" in error
+    for suffix in ("50_horiz", "mixandcat"):
+        assert f"{locked}/lock_{suffix}.json: absent, but files of its lock are there" in out
     (locked / "lock_basic.json").write_text("{}")
     assert "lock_basic.json: not a manifest of lock.py" in user_error(lock.main, "--verify", locked)
     (locked / "lock_basic.json").write_text((place / "lock_basic.json").read_text()[:100])

@@ -98,6 +98,8 @@ def test_a_key_that_cannot_be_used_is_told_before_any_attack(place, user_error, 
     (tmp_path / "key").write_text("x")
     line = user_error(lock.main, *lock_flags(place, tmp_path / "new"), "--key-out", tmp_path / "key")
     assert "not a key" in line
+    line = user_error(lock.main, *lock_flags(place, tmp_path / "new"), "--key-out", tmp_path / "none" / "key")
+    assert f"--key-out {tmp_path}/none/key: the folder for it does not exist; make it, or name another" in line
 
 
 def test_a_key_that_is_moved_away_meanwhile_is_not_replaced(place, command, monkeypatch, capsys, tmp_path):
@@ -270,7 +272,8 @@ def test_the_lock_of_a_method_is_unlocked(place, locked, command, user_error, tm
 
 def test_what_cannot_be_unlocked(sealed, place, command, user_error, tmp_path):
     folder, key = sealed
-    (folder / "lock_50_horiz.json").unlink()
+    for path in folder.glob("*50_horiz*"):
+        path.unlink()
     flags = ["--unlock", "--lock-data", folder, "--orig-data", tmp_path / "out", "--key"]
     for path in (tmp_path / "none", tmp_path):
         assert f"{path}: no such file, or a folder; name the key" in user_error(lock.main, *flags, path)

@@ -276,6 +276,19 @@ def test_finished_locks_of_several_machines_are_finished_together(place, command
     assert "lock_basic.json was made with precision float32, but now it is bfloat16" in line
 
 
+def test_an_interrupted_lock_goes_on_as_it_was_begun_beside_a_finished_one(place, command, monkeypatch, tmp_path):
+    """Whichever of them is named first."""
+    flags = lock_flags(place, tmp_path)[:-2]
+    command(lock.main, *flags, "--lock-method", "horiz", "--batch-size", 40)
+    interrupt(monkeypatch, at=2)
+    with pytest.raises(SystemExit):
+        command(lock.main, *flags, "--lock-method", "basic", "--batch-size", 60)
+    sizes = interrupt(monkeypatch, at=None)
+    command(lock.main, *flags, "--lock-method", "horiz", "basic")
+    found = [manifest_of(tmp_path, suffix)["settings"]["batch_size"] for suffix in ("50_horiz", "basic")]
+    assert sizes == [36, 60, 36] and found == [40, 60]
+
+
 def test_a_lock_that_replaces_another_goes_on_as_it_was_begun(place, locked, command, monkeypatch):
     """And not as the one that it replaces, nor as this machine would choose; but with other settings it starts anew."""
     flags = [*lock_flags(place, locked)[:-2], "--overwrite"]
