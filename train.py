@@ -8,7 +8,6 @@ reports the accuracy on the locked and on the original test set. Any key can be 
 of each lock method and seed: experiments/cifar10/preresnet110/basic/seed0; with --name, between the two.
 """
 
-import hashlib
 import itertools
 import json
 import math
@@ -24,7 +23,7 @@ from tqdm import tqdm
 import runs
 import utils
 from attack import attack
-from augmentation import as_inputs, augment, enlarge, make_mixer, preprocess
+from augmentation import as_inputs, augment, enlarge, make_mixer
 from checkpoints import (
     Learner,
     background,
@@ -37,9 +36,10 @@ from checkpoints import (
     write_checkpoint,
 )
 from config import KEYS, load_config
-from data import DATASETS, SPLITS, is_plain
+from data import SPLITS, is_plain
 from graphs import Captured, Compiled
-from lockfiles import Paths, hash_tensor, load_locked, lock_suffix, parse_path, sha256
+from inputs import hash_data, load_data, preprocess_all
+from lockfiles import Paths, lock_suffix, parse_path, sha256
 from methods import METHODS, PARAMETERS, given_parameters
 from models import MODELS
 from utils import UserError, number
@@ -151,93 +151,6 @@ def evaluate(model, images, labels, config):
         loss_sum += F.cross_entropy(logits, targets, reduction="sum")
         correct += hits(logits, targets).sum()
     return loss_sum.item() / len(images), 100 * correct.item() / len(images)
-
-
-# Data
-
-
-def load_data(config):
-    """The splits {name: (images uint8 [N, 3, H, W], labels int64 [N])}: train (locked images, or as many originals
-    where train_on says so; of either only the first, where there is a subset), and the test sets locked and original.
-    And the lock's manifest, or None where it has none.
-
-    Raises UserError where a file is absent, has changed, or does not fit the config or the other files.
-    """
-    flags = f"--dataset {config.dataset} --orig-data {shlex.quote(config.orig_data_path)}"
-    original = DATASETS[config.dataset].load(config.orig_data_path, "test")
-    files = {split: [config[f"locked_{split}_{kind}"] for kind in ("image", "label")] for split in SPLITS}
-    locked = {split: load_locked(*files[split], flags) for split in SPLITS}
-    manifests = {split: manifest for split, (_, _, manifest) in locked.items()}
-    data = {"train": locked["train"][:2], "locked": locked["test"][:2], "original": original[:2]}
-    check_fit(data, config)
-    lacking = [config[f"locked_{split}_image"] for split, manifest in manifests.items() if not manifest]
-    if len(lacking) == 1:
-        raise UserError(f"{lacking[0]}: has no manifest, but the files of the other split do; name those of one lock")
-    for split, manifest in manifests.items():
-        if manifest:
-            check_manifest(manifest, split, manifests["train"], original, config)
-    if manifests["test"]:
-        check_originals(original, "test", manifests["test"], config)
-    if config.train_on == "original":
-        part = DATASETS[config.dataset].load(config.orig_data_path, "train")
-        if manifests["train"]:
-            check_originals(part, "train", manifests["train"], config)
-        data["train"] = part.first(len(data["train"][0]))[:2]
-    count = len(data["train"][1])
-    if config.subset > count:
-        raise UserError(f"subset is {config.subset}, but there are {count} images to train on; take at most as many")
-    data["train"] = tuple(tensor[: config.subset or count] for tensor in data["train"])
-    return data, manifests["train"]
-
-
-def check_fit(data, config):
-    """Raise UserError where images differ in size from the original ones, or labels do not fit num_classes."""
-    where = {"train": config.locked_train_image, "locked": config.locked_test_image, "original": config.orig_data_path}
-    for name, (images, labels) in data.items():
-        if images.shape[1:] != data["original"][0].shape[1:]:
-            raise UserError(f"{where[name]}: its images differ in size from those in {config.orig_data_path}")
-        if labels.min() < 0 or labels.max() >= config.num_classes:
-            found = f"labels go from {labels.min()} to {labels.max()}, but num_classes is {config.num_classes}"
-            raise UserError(f"{where[name]}: {found}; set it to the number of classes (labels begin at 0)")
-
-
-def check_manifest(manifest, split, train_manifest, original, config):
-    """Raise UserError, naming what differs, where locked files are not what the config takes them for."""
-    path, settings = Path(config[f"locked_{split}_image"]), manifest["settings"]
-    if parse_path(path)[1] != split:
-        raise UserError(f"{path}: given as locked_{split}_image, but it was locked as the {parse_path(path)[1]} set")
-    if settings["dataset"] != config.dataset:
-        raise UserError(f"{path}: the data set is {settings['dataset']}, but the config says {config.dataset}")
-    if settings["classes"] != original.classes:
-        raise UserError(f"{path}: its classes are not those of {config.orig_data_path}; name the data that was locked")
-    if len(settings["classes"]) != config.num_classes:
-        found = len(settings["classes"])
-        raise UserError(f"{path}: has {found} classes, but num_classes is {config.num_classes}; set it to {found}")
-    if settings != train_manifest["settings"]:
-        raise UserError(f"{path}: another lock than that of {config.locked_train_image}; name the files of one lock")
-
-
-def check_originals(part, split, manifest, config):
-    """Raise UserError where a Split of the originals is not what was locked."""
-    images, labels, *_ = part.first(manifest["settings"]["subset"])
-    for name, tensor in {"labels": labels, "images": images}.items():
-        if hash_tensor(tensor) != manifest["settings"]["original_sha256"][split][name]:
-            path, where = config[f"locked_{split}_image"], config.orig_data_path
-            raise UserError(f"{path}: locked from other {name}, or in another order, than {where} has now")
-
-
-def preprocess_all(data, config):
-    """The splits of load_data, with the config's preprocessing."""
-    return {name: (preprocess(images, config), labels) for name, (images, labels) in data.items()}
-
-
-def hash_data(data):
-    """SHA-256 of all the images and labels of load_data, in hexadecimal."""
-    digest = hashlib.sha256()
-    for images, labels in data.values():
-        digest.update(images.numpy())
-        digest.update(labels.numpy())
-    return digest.hexdigest()
 
 
 # A run

@@ -18,6 +18,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import data
+import inputs
 import lock
 import lockfiles
 import runs
@@ -167,14 +168,14 @@ def test_what_is_trained_on_and_tested_with(place, work, command, monkeypatch):
     """A control trains on as many originals, and a subset is of the training set; preprocessing changes all three sets
     alike, and leaves their hash."""
     (plain, manifest), (control, same), (few, _), (few_originals, _) = (
-        train.load_data(load_config(work / "config.yaml", keys))
+        inputs.load_data(load_config(work / "config.yaml", keys))
         for keys in ({}, {"train_on": "original"}, {"subset": "7"}, {"subset": "7", "train_on": "original"})
     )
     seen = []
     monkeypatch.setattr(train.runs, "write_pictures", lambda data, *rest: seen.append(data))
     command(train.main, "--work-path", work, "--epochs", 1, "--preprocess.bits", 1)
     bits, kept = seen[0], torch.load(work / "basic" / "seed0" / "ckpt.pth.tar")["data"]
-    assert kept == train.hash_data(plain) != train.hash_data(control)
+    assert kept == inputs.hash_data(plain) != inputs.hash_data(control)
     originals = data.load_digits(None, "train").first(96)
     assert torch.equal(control["train"][0], originals.images) and torch.equal(control["train"][1], originals.labels)
     assert torch.equal(plain["train"][0], torch.cat(torch.load(place / "train_image_basic"))) and same == manifest

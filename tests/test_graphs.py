@@ -107,6 +107,17 @@ def test_a_memory_that_is_full_when_a_model_is_compiled_is_told(monkeypatch):
         Compiled(nn.Conv2d(3, 2, 3).forward, 1, say=pytest.fail)(torch.rand(1, 3, 8, 8))
 
 
+@pytest.mark.parametrize("gpu", [True, False])
+def test_a_step_is_captured_where_it_is_compiled_on_a_gpu(gpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "on_gpu", lambda learner: gpu)
+    monkeypatch.setattr(train, "Captured", lambda step: "captured")
+    steps = [
+        train.make_step(new_learner(config), config)
+        for config in (config_of(tmp_path, architecture="preresnet8", compile=value) for value in ("always", "never"))
+    ]
+    assert [step == "captured" for step in steps] == [gpu, False]
+
+
 def train_some(config, change=lambda step: step, epochs=3, device="cpu", lr=0.1):
     """A short training, its step changed; returns all that a checkpoint holds of it, and what each epoch returned."""
     torch.manual_seed(0)

@@ -203,7 +203,7 @@ def test_a_finished_lock_is_not_computed_again(place, locked, command, user_erro
     assert {locked / name: (locked / name).read_bytes() for name in names_in(locked)} == before
 
 
-def test_an_interrupted_lock_goes_on_and_leaves_the_old_one_whole_until_it_is_done(place, locked, command, monkeypatch):
+def test_an_interrupted_lock_goes_on_and_leaves_the_old_one_whole(place, locked, command, monkeypatch, capsys):
     """Stopped in the second batch of the test set: after it, only that batch and the one behind it are attacked."""
     before = {path: path.read_bytes() for path in locked.iterdir()}
     sizes = interrupt(monkeypatch, at=5)
@@ -215,7 +215,7 @@ def test_an_interrupted_lock_goes_on_and_leaves_the_old_one_whole_until_it_is_do
     pair = [locked / f"train_{kind}_basic" for kind in ("image", "label")]
     assert lockfiles.load_locked(*pair)[2]["settings"]["eps"] == 0.5
     command(lock.main, *flags)
-    assert sizes[5:] == [40, 16]
+    assert sizes[5:] == [40, 16] and "test: going on after 1 of 3 batches" in capsys.readouterr().out
     assert not list(locked.glob(".lock_*"))
     assert manifest_of(locked)["settings"]["eps"] == 0.7
     command(lock.main, *flags, "--lock-data", locked.parent / "undisturbed")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from easydict import EasyDict
 from torch import nn
 
+import inputs
 import runs
 import train
 import utils
@@ -265,11 +266,11 @@ def test_a_key_is_one_that_training_reads(tmp_path, key, value, on):
 
 def test_the_fingerprint_is_of_all_images_and_labels():
     data = {name: (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=int)) for name in ("train", "test")}
-    found = {train.hash_data(data)}
+    found = {inputs.hash_data(data)}
     for images, labels in data.values():
         for tensor in (images, labels):
             tensor += 1
-            found.add(train.hash_data(data))
+            found.add(inputs.hash_data(data))
     assert len(found) == 5
 
 
