@@ -281,15 +281,16 @@ def verify(folder):
     interrupted = sorted(Path(folder).glob(".lock_*"))
     for path in interrupted:
         print(f"{path}: an interrupted lock; the command that began it finishes it")
-    if not locks:
-        remedy = "finish its lock first" if interrupted else "name a folder that was given as --lock-data"
-        raise UserError(f"--verify {folder}: holds no lock_*.json; {remedy}")
     for paths in lockfiles.locks_without_manifest(folder):
         wrong += 1
-        print(f"{paths.manifest}: absent, but files of its lock are there; get it again from a copy, or take them away")
+        print(f"{paths.manifest}: absent, so the files of its lock cannot be checked; get it, or take them away")
+    if not locks and not wrong:
+        remedy = "finish its lock first" if interrupted else "name a folder that was given as --lock-data"
+        raise UserError(f"--verify {folder}: holds no lock_*.json; {remedy}")
     for paths in locks:
         manifest = lockfiles.read_manifest(paths)
-        errors = [*lockfiles.check_files(paths, manifest), *lockfiles.check_unlisted(paths, manifest)]
+        checks = lockfiles.check_files, lockfiles.check_unlisted, lockfiles.check_tree
+        errors = [error for check in checks for error in check(paths, manifest)]
         wrong += len(errors)
         print(describe(paths, manifest) if not errors else "\n".join(map(utils.printable, errors)))
     if wrong:

@@ -100,14 +100,15 @@ def locks_in(folder):
 
 
 def locks_without_manifest(folder):
-    """The Paths of every lock in a folder of which there are files, but no manifest."""
+    """The Paths of every lock in a folder of which there are files, but no manifest, and which is not in the making."""
     names = [path.name for path in Path(folder).iterdir()]
     suffixes = {*names, *(parse_path(Path(name))[0].suffix for name in names)}  # a tree's name is the suffix itself
     locks = [Paths(folder, suffix) for suffix in sorted(suffixes) if parse_suffix(suffix)]
     return [
         paths
         for paths in locks
-        if not paths.manifest.is_file() and any(path.exists() for path in itertools.chain(*paths.groups().values()))
+        if not (paths.manifest.is_file() or paths.partial.exists())
+        and any(path.exists() for path in itertools.chain(*paths.groups().values()))
     ]
 
 
@@ -169,7 +170,9 @@ def find_invalid(value, schema, where="it"):
     return next((invalid for invalid in found if invalid), None)
 
 
-REMEDY = "get it again from a copy, or lock again with --overwrite"  # for a file of a lock that is not as it was
+# what to do about a file of a lock that is not as it was: who was only given the lock, and who can lock again
+COPY = "get it again from a copy"
+REMEDY = f"{COPY}, or lock again with --overwrite"
 
 
 def read_json(path):
@@ -214,28 +217,17 @@ def check_files(paths, manifest):
                 read_checked(paths, manifest, path)
             except (UserError, OSError) as error:
                 yield error
-    if "png" in formats_of(paths, manifest):
-        yield from check_tree(paths, manifest)
-
-
-def check_tree(paths, manifest):
-    """check_files, for the tree of PNG files; one that is not listed is an error too: it would be used as well."""
-    known = set(paths.groups()["png"])
-    for split in SPLITS:
+    for split in SPLITS if "png" in formats_of(paths, manifest) else ():
         try:
             sums = read_sums(paths, split, manifest)
         except (UserError, OSError) as error:
             yield error
-            return
+            continue
         for name, expected in sums.items():
-            known.add(paths.tree / split / name)
             try:
                 png_bytes(paths, split, name, expected)
             except (UserError, OSError) as error:
                 yield error
-    for path in sorted(paths.tree.rglob("*")):
-        if path not in known and path.name != ".DS_Store" and (path.is_symlink() or not path.is_dir()):
-            yield UserError(f"{path}: no file of this lock; take it away")
 
 
 def check_unlisted(paths, manifest):
@@ -243,6 +235,21 @@ def check_unlisted(paths, manifest):
     for path in itertools.chain(*paths.groups().values()):
         if paths.name(path) not in manifest["files"] and (path.exists() or path.is_symlink()):
             yield UserError(f"{path}: {paths.manifest} does not list it; take it away")
+
+
+def check_tree(paths, manifest):
+    """Yield a UserError for each file in the tree of PNG files that is none of the lock's: it would be used as well."""
+    if "png" not in formats_of(paths, manifest):
+        return
+    known = set(paths.groups()["png"])
+    for split in SPLITS:
+        try:
+            known |= {paths.tree / split / name for name in read_sums(paths, split, manifest)}
+        except (UserError, OSError):  # which check_files tells
+            return
+    for path in sorted(paths.tree.rglob("*")):
+        if path not in known and path.name != ".DS_Store" and (path.is_symlink() or not path.is_dir()):
+            yield UserError(f"{path}: no file of this lock; take it away")
 
 
 # Writing
@@ -299,10 +306,10 @@ def check_tensors(images, labels, image_path, label_path):
 def read_checked(paths, manifest, path):
     """The bytes of a file that the manifest lists; raises UserError where they are not those it was written with."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file, but {paths.manifest} lists it; {REMEDY}")
+        raise UserError(f"{path}: no such file, but {paths.manifest} lists it; {COPY}")
     content = read_file(path)
     if sha256(content) != manifest["files"][paths.name(path)]["sha256"]:
-        raise UserError(f"{path}: changed or damaged since it was locked: its SHA-256 is not the manifest's; {REMEDY}")
+        raise UserError(f"{path}: changed or damaged since it was locked: its SHA-256 is not the manifest's; {COPY}")
     return content
 
 
@@ -314,7 +321,7 @@ def read_sums(paths, split, manifest):
     names = [name.removeprefix(f"{split}/") for _, _, name in lines]
     check_names(names, manifest["settings"]["classes"], path)
     if not names or len(names) != manifest["report"][split]["images"]:
-        raise UserError(f"{path}: lists {len(names)} images, but {paths.manifest} says otherwise; {REMEDY}")
+        raise UserError(f"{path}: lists {len(names)} images, but {paths.manifest} says otherwise; {COPY}")
     return dict(zip(names, (expected for expected, _, _ in lines)))
 
 
@@ -323,7 +330,7 @@ def png_bytes(paths, split, name, expected):
     path = paths.tree / split / name
     content = read_file(path) if path.is_file() else None
     if content is None or sha256(content) != expected:
-        raise UserError(f"{path}: absent, or changed or damaged since it was locked; {REMEDY}")
+        raise UserError(f"{path}: absent, or changed or damaged since it was locked; {COPY}")
     return content
 
 

@@ -19,7 +19,7 @@ from checkpoints import best_record
 from config import FREE_ON_RESUME, changes
 from data import to_float
 from lockfiles import parse_suffix
-from utils import UserError, flatten, printable, write_file
+from utils import UserError, flatten, printable, read_file, write_file
 
 # Before it starts
 
@@ -52,7 +52,7 @@ def note_start(path, epochs, device, **given):
     epochs is the range of those that it trains. What is given is added to what is known of every start.
     """
     with utils.telling_damage(lambda why: f"{path}: damaged ({why}); delete it, and the run goes on"):
-        starts = json.loads(path.read_text()) if path.exists() else []
+        starts = json.loads(read_file(path)) if path.exists() else []
         starts = [start for start in starts if start["from_epoch"] < epochs.start]
     if epochs:
         start = {

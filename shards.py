@@ -112,6 +112,8 @@ def find_finished(paths, asked, chosen, overwrite):
 def check_finished(paths, manifest, key_out):
     """Raise UserError where a file of a finished lock has changed, or where its seal is of another key."""
     for error in lockfiles.check_files(paths, manifest):
+        raise UserError(f"{error}, or lock again with --overwrite")
+    for error in lockfiles.check_tree(paths, manifest):
         raise error
     sealed_with = manifest["sealed_with"]
     if key_out and sealed_with:

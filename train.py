@@ -330,6 +330,7 @@ def run(args, config, data, manifest, folder, suffix):
     torch.manual_seed(config.seed)
     fresh = not (args.resume and is_begun(checkpoint))  # else the weights are those of the checkpoint
     model, pretrained = build_model(config, data, fresh)
+    begun_from = {"pretrained_sha256": sha256(utils.read_file(config.pretrained))} if pretrained else {}
     model.to(device)
 
     runs.prepare_folder(folder, args)
@@ -348,7 +349,6 @@ def run(args, config, data, manifest, folder, suffix):
         runs.write_pictures(data, picture, writers["run"])
     data = {name: (images.to(device), labels.to(device)) for name, (images, labels) in data.items()}
     epochs, step = range(done + 1, config.epochs + 1), make_step(learner, config, log)
-    begun_from = {"pretrained_sha256": sha256(utils.read_file(config.pretrained))} if pretrained else {}
     made_with = runs.note_start(folder / "made_with.json", epochs, device, **begun_from)
     with background() as start:  # a checkpoint of vgg19 takes about as long to write as an epoch on a GPU
 

@@ -220,14 +220,15 @@ def load_whole(path):
     """What torch.save wrote, of tensors and plain values only, on the CPU; raises where the file is damaged.
 
     torch.load alone notices hardly any flipped bit: the checksums of the archive are compared here. (Files older than
-    torch 1.6 are no archives, and have no checksums.)
+    torch 1.6 are no archives, and have no checksums.) An OSError names the file.
     """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()
-        if damaged:
-            raise ValueError(f"the checksum of {damaged} is wrong")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with naming(path):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                damaged = file.testzip()
+            if damaged:
+                raise ValueError(f"the checksum of {damaged} is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def sync_folder(path):

@@ -407,11 +407,9 @@ def read_resumed(args, model):
     from robustness.train import make_optimizer_and_schedule  # here: import_robustness has imported it
 
     checkpoint = {**read_checkpoint(args.resume), "amp": None}
-    begun_with = "lr_lambdas" in (checkpoint.get("schedule") or {})
-    if begun_with != bool(args.custom_lr_multiplier):
-        told, remedy = ("with", "give it again") if begun_with else ("without", "leave it out")
-        raise UserError(f"{args.resume}: was begun {told} --custom-lr-multiplier; {remedy}")
     try:
+        if "lr_lambdas" in (checkpoint.get("schedule") or {}) and not args.custom_lr_multiplier:
+            raise UserError(f"{args.resume}: was begun with --custom-lr-multiplier; give it again")
         optimizer, schedule = make_optimizer_and_schedule(args, model, checkpoint, None)
         optimizer.step()  # changes nothing, since there are no gradients, but PyTorch wants it before the schedule's
         while schedule.last_epoch < checkpoint["epoch"]:

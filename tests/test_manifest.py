@@ -145,15 +145,22 @@ def test_verify(place, locked, command, user_error, capsys):
     out, error = capsys.readouterr()
     assert "not as they were locked: 3, see above" in error
     for suffix in ("50_horiz", "mixandcat"):
-        assert f"{locked}/lock_{suffix}.json: absent, but files of its lock are there" in out
+        assert f"{locked}/lock_{suffix}.json: absent, so the files of its lock cannot be checked" in out
     (locked / "lock_basic.json").write_text("{}")
     assert "lock_basic.json: not a manifest of lock.py" in user_error(lock.main, "--verify", locked)
     (locked / "lock_basic.json").write_text((place / "lock_basic.json").read_text()[:100])
     assert "lock_basic.json: not JSON, or damaged" in user_error(lock.main, "--verify", locked)
     for path in locked.glob("lock_*.json"):
         path.unlink()
+    assert "not as they were locked: 3, see above" in user_error(lock.main, "--verify", locked)
+    for path in locked.glob("t*_*"):
+        path.rename(locked / ".lock_mixup" / path.name)
+    (locked / "mixandcat" / "test.sha256").rename(locked / "train_image_50_mixup")
+    (locked / ".lock_50_mixup").mkdir()  # of which some files have their places already
     assert "holds no lock_*.json; finish its lock first" in user_error(lock.main, "--verify", locked)
-    (locked / ".lock_mixup").rmdir()
+    (locked / "train_image_50_mixup").unlink()
+    for name in (".lock_mixup", ".lock_50_mixup"):
+        shutil.rmtree(locked / name)
     assert "holds no lock_*.json; name a folder that" in user_error(lock.main, "--verify", locked)
 
 
