@@ -101,7 +101,7 @@ def locks_in(folder):
 
 def locks_without_manifest(folder):
     """The Paths of every lock in a folder of which there are files, but no manifest, and which is not in the making."""
-    names = [path.name for path in Path(folder).iterdir()]
+    names = [path.name for path in Path(folder).glob("*")]  # none where there is no folder
     suffixes = {*names, *(parse_path(Path(name))[0].suffix for name in names)}  # a tree's name is the suffix itself
     locks = [Paths(folder, suffix) for suffix in sorted(suffixes) if parse_suffix(suffix)]
     return [

@@ -161,7 +161,8 @@ def test_verify(place, locked, command, user_error, capsys):
     (locked / "train_image_50_mixup").unlink()
     for name in (".lock_mixup", ".lock_50_mixup"):
         shutil.rmtree(locked / name)
-    assert "holds no lock_*.json; name a folder that" in user_error(lock.main, "--verify", locked)
+    for folder in (locked, locked / "none"):
+        assert "holds no lock_*.json; name a folder that" in user_error(lock.main, "--verify", folder)
 
 
 def test_verify_names_a_file_that_the_disk_cannot_read_and_goes_on(locked, command, monkeypatch, capsys):
