@@ -110,7 +110,7 @@ def recover(checkpoint, log):
         if not path.exists():
             continue
         try:
-            with utils.telling_damage(lambda why, path=path: f"{path}: damaged ({why})"):
+            with utils.telling_damage(lambda why: f"{path}: damaged ({why})"):
                 state = load_whole(path)
                 if not CHECKPOINT_KEYS <= state.keys():
                     raise ValueError("not a checkpoint of train.py")

@@ -97,7 +97,6 @@ def load_folder(root, split):
     size = read_image(first).shape
     if min(size[1:]) < 8:
         raise UserError(f"{first}: {size[2]}x{size[1]} pixels are too few; take images of at least 8x8")
-
     samples = by_turns(files.samples, folder)
     try:
         images = torch.empty(len(samples), *size, dtype=torch.uint8)

@@ -68,6 +68,10 @@ class Paths:
             "sealed": [self.file(split, "sealed") for split in SPLITS],
         }
 
+    def existing(self):
+        """Those of the files in groups that are there."""
+        return [path for path in itertools.chain(*self.groups().values()) if path.exists()]
+
     def has_tree(self):
         """Whether the tree is one that was written here, and not a folder of the user's that has its name."""
         return self.sums("train").is_file() and not self.tree.is_symlink()
@@ -104,12 +108,7 @@ def locks_without_manifest(folder):
     names = [path.name for path in Path(folder).glob("*")]  # none where there is no folder
     suffixes = {*names, *(parse_path(Path(name))[0].suffix for name in names)}  # a tree's name is the suffix itself
     locks = [Paths(folder, suffix) for suffix in sorted(suffixes) if parse_suffix(suffix)]
-    return [
-        paths
-        for paths in locks
-        if not (paths.manifest.is_file() or paths.partial.exists())
-        and any(path.exists() for path in itertools.chain(*paths.groups().values()))
-    ]
+    return [paths for paths in locks if paths.existing() and not (paths.manifest.is_file() or paths.partial.exists())]
 
 
 # Hashes and manifests
@@ -171,8 +170,8 @@ def find_invalid(value, schema, where="it"):
 
 
 # what to do about a file of a lock that is not as it was: who was only given the lock, and who can lock again
-COPY = "get it again from a copy"
-REMEDY = f"{COPY}, or lock again with --overwrite"
+COPY, LOCK_AGAIN = "get it again from a copy", "or lock again with --overwrite"
+REMEDY = f"{COPY}, {LOCK_AGAIN}"
 
 
 def read_json(path):

@@ -154,7 +154,7 @@ def outcome(result):
 def finished_outcome(path, config, data_hash):
     """The outcome in a result.json, if a run of this config ended with it, on the data of this hash; or else None."""
     try:
-        result = json.loads(path.read_text())
+        result = json.loads(read_file(path))
         same = result["epochs"] == config.epochs and result["data_sha256"] == data_hash
         return outcome(result) if same and not changes(flatten(result["config"]), config) else None
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):  # absent, damaged, or of older code

@@ -3,7 +3,6 @@
 A lock that was begun or finished is never continued or replaced with other settings, unless --overwrite says so.
 """
 
-import itertools
 import json
 import os
 import shutil
@@ -103,16 +102,15 @@ def find_finished(paths, asked, chosen, overwrite):
     if begun:
         refuse_others(paths.partial, begun, asked | chosen)
     else:
-        for path in itertools.chain(*paths.groups().values()):
-            if path.exists():
-                raise UserError(f"{path} exists; name another folder with --lock-data, or replace it with --overwrite")
+        for path in paths.existing():
+            raise UserError(f"{path} exists; name another folder with --lock-data, or replace it with --overwrite")
     return None
 
 
 def check_finished(paths, manifest, key_out):
     """Raise UserError where a file of a finished lock has changed, or where its seal is of another key."""
     for error in lockfiles.check_files(paths, manifest):
-        raise UserError(f"{error}, or lock again with --overwrite")
+        raise UserError(f"{error}, {lockfiles.LOCK_AGAIN}")
     for error in lockfiles.check_tree(paths, manifest):
         raise error
     sealed_with = manifest["sealed_with"]

@@ -52,7 +52,7 @@ def read_result(path):
     """The content of a result.json, with what a table and a plot need of it; raises UserError where it is damaged."""
     remedy = "take it away, and train.py --resume writes it again (by a new training, if its checkpoints are gone)"
     with utils.telling_damage(lambda _: f"{path}: not a result of train.py, or damaged; {remedy}"):
-        result = {**json.loads(path.read_text()), "folder": path.parent}
+        result = {**json.loads(utils.read_file(path)), "folder": path.parent}
         result["dataset"] = canonical_name(result["dataset"])
         result.update({key: float(result[key]) for key in ("locked_acc", "orig_acc")})
         # of the run whose weights it began with the seed does not count: it may be its own, or the same for all seeds

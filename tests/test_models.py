@@ -39,7 +39,7 @@ def test_parameter_counts(name):
 def test_models_that_cannot_be_trained_here_are_left_out():
     """Two give more than logits in training, and mnasnets take no state dict that was stripped of a version number."""
     known = [name for name in MODELS if re.search("googlenet|inception|mnasnet", name)]
-    assert not known and "torchvision/mobilenet_v3_small" in MODELS
+    assert not known and "torchvision/mobilenet_v3_small" in MODELS and len(MODELS) > 90
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith(("vgg", "resnet", "preresnet"))])
@@ -103,11 +103,6 @@ def test_he_initialisation(name):
             assert module.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.05)
         if isinstance(module, nn.BatchNorm2d):
             assert (module.weight == 1).all() and (module.bias == 0).all()
-
-
-def test_no_model_asks_more_of_a_state_dict_than_its_tensors():
-    """As torchvision's mnasnets do: what a checkpoint holds of one could not be read back."""
-    assert len(MODELS) > 90 and not any("mnasnet" in name for name in MODELS)
 
 
 def test_a_full_memory_is_not_taken_for_images_of_a_wrong_size():
