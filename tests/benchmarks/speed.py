@@ -10,7 +10,8 @@ training, PIL transforms in loader workers, float32, images in torch's default m
 convolutions, which is torch's default. Ours is what auto picks. Both ways get random images and untrained models, by
 turns, and the best of several rounds counts; what the first call takes longer, compiling, is told apart. What the whole
 of the work would take follows from that: to attack the 60,000 images of CIFAR-10 in 100 steps, the first call
-included, or an epoch of 50,000. On a CPU only little of it is timed: of an attack one step, which tells nothing of 100.
+included, or an epoch of 50,000, without evaluations and checkpoints, by either way. On a CPU only little of it is
+timed: of an attack one step, which tells nothing of 100.
 
 Small models leave a GPU mostly idle, so they are also trained several at once, a process for each, as
 python -m experiments --jobs does it. Processes take turns on a GPU unless NVIDIA's MPS lets them share it.
