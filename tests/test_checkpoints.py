@@ -184,9 +184,10 @@ def test_the_best_checkpoint_is_the_best_of_those_kept(tmp_path, monkeypatch, st
     history[:] = json.loads(state["history"]) if state else []
     if len(history) < 2:
         keep(len(history) + 1, 49.0)
-    checkpoints.recover(path, log=print)  # which leaves a better one than the last as it is
-    best = checkpoints.load_whole(checkpoints.beside(path, "best"))
-    assert best["epoch"] == checkpoints.best_record(history)["epoch"]
+    for _ in range(2):
+        best = checkpoints.load_whole(checkpoints.beside(path, "best"))
+        assert best["epoch"] == checkpoints.best_record(history)["epoch"]
+        checkpoints.recover(path, log=print)  # which leaves it as it is, where the last one is worse
 
 
 def test_a_model_begins_with_pretrained_weights(tmp_path):
