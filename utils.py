@@ -45,11 +45,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=command_name(), description=description, formatter_class=formatter, allow_abbrev=False)
 
     def parse_known_args(self, args=None, namespace=None):
-        words = sys.argv[1:] if args is None else args
-        for before, word in zip(["", *words], words):
-            flag, equals, value = word.partition("=")
-            if not word or (flag.startswith("--") and equals and not value):  # an unset shell variable
-                raise UserError(f"{flag or before}: is empty; give it a value, or leave it out")
+        flag = "the first argument"
+        for word in sys.argv[1:] if args is None else args:
+            name, equals, value = word.partition("=")
+            flag = name if name.startswith("--") else flag
+            if not word or (name.startswith("--") and equals and not value):  # an unset shell variable
+                raise UserError(f"{flag}: is empty; give it a value, or leave it out")
         return super().parse_known_args(args, namespace)
 
     def error(self, message):

@@ -98,7 +98,10 @@ def run_all(args, rest):
                 child.terminate()  # its checkpoints are whole at any time
             raise
     if failed:
-        raise UserError(f"{failed} of {len(todo)} runs failed, see above; the same command tries them again")
+        raise UserError(
+            f"{failed} of {len(todo)} runs failed, see above; the same command tries them again (a run whose folder "
+            "you delete starts again)"
+        )
 
 
 # The command line

@@ -34,7 +34,7 @@ from torch.hub import load_state_dict_from_url
 
 import utils
 from augmentation import color_jitter, random_crop, random_flip, random_rotation
-from data import DATASETS, SPLITS, to_float
+from data import DATASETS, to_float
 from graphs import Compiled
 from models import MODELS
 from utils import COMPILE, UserError, number, serialize, write_file
@@ -530,8 +530,10 @@ def main():
     args = parse_arguments(robustness_main)
     device, reason = utils.set_up_device()
     torch.manual_seed(args.manual_seed)
-    train_split, test_split = (DATASETS[args.dataset].load(args.data, split) for split in SPLITS)
-    which = args.arch, args.dataset, len(train_split.classes)
+    load = DATASETS[args.dataset].load
+    train_split = None if args.eval_only else load(args.data, "train")
+    test_split = load(args.data, "test")
+    which = args.arch, args.dataset, len(test_split.classes)
     model = load_base(args.resume, *which) if args.resume else attacker_model(*which)
     checkpoint = None
     if args.resume and args.resume_optimizer and not args.eval_only:

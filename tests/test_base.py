@@ -308,9 +308,9 @@ def test_a_store_on_a_file_system_that_cannot_lock(tmp_path):
         tables.open_file(tmp_path / "store.h5", "w").close()
 
 
-def test_a_base_classifier_is_evaluated_alone(place, command, capsys, monkeypatch, tmp_path):
-    """In a folder that holds a classifier, too; also where git fails in more ways than robustness expects: in another
-    user's clone, or one without a commit."""
+def test_a_base_classifier_is_evaluated_alone(place, photos, command, capsys, monkeypatch, tmp_path):
+    """In a folder that holds a classifier, too, and where a training image is damaged; also where git fails in more
+    ways than robustness expects: in another user's clone, or one without a commit."""
     monkeypatch.setattr("git.Repo", lambda *args, **options: 1 / 0)
     best = place / "base" / "checkpoint.pt.best"
     command(base.main, *base_flags(tmp_path), "--exp-name", "evaluated", "--eval-only", 1, "--resume", best,
@@ -325,6 +325,8 @@ def test_a_base_classifier_is_evaluated_alone(place, command, capsys, monkeypatc
                 "--resume", best, *name)  # fmt: skip
         out = capsys.readouterr().out
         assert f"accuracy {accuracy:.2f} % on the test set, loss " in out and "attacked" not in out
+    max((photos / "train").rglob("*.png")).write_bytes(b"damaged")
+    command(base.main, *base_flags(tmp_path, photos), "--exp-name", "photos", "--eval-only", 1, "--resume", best)
 
 
 def test_mistakes_in_the_base_classifier(place, user_error, tmp_path):

@@ -392,6 +392,8 @@ def test_mistakes_in_locking(place, user_error, tmp_path):
     assert "is not a whole number from 0 to 1000000" in line
     assert "--verify: is empty; give it a value" in user_error(lock.main, "--verify", "")
     assert "--key-out: is empty; give it a value" in user_error(lock.main, *elsewhere, "--key-out=")
+    assert "--lock-method: is empty" in user_error(lock.main, *elsewhere, "--lock-method", "basic", "")
+    assert "error: the first argument: is empty" in user_error(lock.main, "", "--verify", place)
     assert "a=/train: no such folder" in user_error(lock.main, *elsewhere, "--dataset", "folder", "--orig-data=a=")
     assert "invalid choice: 'vertical'" in user_error(lock.main, *elsewhere, "--lock-method", "vertical")
     assert not (tmp_path / "new").exists()

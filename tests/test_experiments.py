@@ -407,7 +407,7 @@ def test_every_combination_is_run_and_a_failure_costs_no_other_run(work, command
     with pytest.raises(SystemExit):
         command(study.main, *flags, "--seed", 3, 3, "--jobs", 2, "--epochs", 1)
     out, error = capsys.readouterr()
-    assert "2 of 4 runs failed, see above; the same command tries them again" in error
+    assert "2 of 4 runs failed, see above; the same command tries them again (a run whose folder you delete" in error
     assert out.count("train_image_50_mixup: no such file") == 2
     assert "preresnet8, basic, jpeg10, seed 3, 1 epochs" in out
     command(study.main, "--work-path", work)
