@@ -288,9 +288,12 @@ def verify(folder):
         remedy = "finish its lock first" if interrupted else "name a folder that was given as --lock-data"
         raise UserError(f"--verify {folder}: holds no lock_*.json; {remedy}")
     for paths in locks:
-        manifest = lockfiles.read_manifest(paths)
         checks = lockfiles.check_files, lockfiles.check_unlisted, lockfiles.check_tree
-        errors = [error for check in checks for error in check(paths, manifest)]
+        try:
+            manifest = lockfiles.read_manifest(paths)
+            errors = [error for check in checks for error in check(paths, manifest)]
+        except (UserError, OSError) as error:  # the manifest itself is damaged
+            errors = [error]
         wrong += len(errors)
         print(describe(paths, manifest) if not errors else "\n".join(map(utils.printable, errors)))
     if wrong:
@@ -306,9 +309,9 @@ def find_sealed(args, key):
     sealed = {paths: manifest for paths, manifest in manifests.items() if manifest["sealed_with"]}
     if not sealed:
         remedy = "lock with --key-out"
-        if named and locks:
-            others = ", ".join(paths.suffix for paths in locks)
-            remedy = f"name another of {others} by --lock-method, --alpha and --lambd, or {remedy}"
+        others = [paths.suffix for paths in locks if paths.file("train", "sealed").exists()]
+        if named and others:
+            remedy = f"name another of {', '.join(others)} by --lock-method, --alpha and --lambd, or {remedy}"
         which = f" {' or '.join(named)}" if named else ""
         raise UserError(f"--lock-data {args.lock_data}: holds no sealed lock{which}; {remedy}")
     mine, keys = sealing.fingerprint(key), [manifest["sealed_with"] for manifest in sealed.values()]

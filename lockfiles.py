@@ -57,7 +57,7 @@ class Paths:
         return self.folder / f"{split}_{kind}_{self.suffix}"
 
     def sums(self, split):
-        """The file that lists a split's PNG files and their hashes; only the tree of a lock has it."""
+        """The file that lists a split's PNG files and their hashes; only the tree of a lock has one."""
         return self.tree / f"{split}.sha256"
 
     def groups(self):
@@ -74,7 +74,7 @@ class Paths:
 
     def has_tree(self):
         """Whether the tree is one that was written here, and not a folder of the user's that has its name."""
-        return self.sums("train").is_file() and not self.tree.is_symlink()
+        return any(self.sums(split).is_file() for split in SPLITS) and not self.tree.is_symlink()
 
     def remove(self):
         """Delete the files of a lock, the manifest first: what it lists is there as long as it is."""

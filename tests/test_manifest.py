@@ -137,6 +137,8 @@ def test_verify(place, locked, command, user_error, capsys):
     for suffix in ("50_horiz", "basic"):
         (locked / f"train_label_{suffix}").unlink()
     assert "not as they were locked: 2, see above" in user_error(lock.main, "--verify", locked)
+    (locked / "lock_50_horiz.json").write_text("")
+    assert "not as they were locked: 2, see above" in user_error(lock.main, "--verify", locked)
     (locked / "lock_50_horiz.json").unlink()
     (locked / "mixandcat").mkdir()
     (locked / "mixandcat" / "test.sha256").touch()
@@ -146,10 +148,13 @@ def test_verify(place, locked, command, user_error, capsys):
     assert "not as they were locked: 3, see above" in error
     for suffix in ("50_horiz", "mixandcat"):
         assert f"{locked}/lock_{suffix}.json: absent, so the files of its lock cannot be checked" in out
-    (locked / "lock_basic.json").write_text("{}")
-    assert "lock_basic.json: not a manifest of lock.py" in user_error(lock.main, "--verify", locked)
-    (locked / "lock_basic.json").write_text((place / "lock_basic.json").read_text()[:100])
-    assert "lock_basic.json: not JSON, or damaged" in user_error(lock.main, "--verify", locked)
+    part = (place / "lock_basic.json").read_text()[:100]
+    for damaged, what in {"{}": "not a manifest of lock.py", part: "not JSON, or damaged"}.items():
+        (locked / "lock_basic.json").write_text(damaged)
+        with pytest.raises(SystemExit):
+            command(lock.main, "--verify", locked)
+        out, error = capsys.readouterr()
+        assert f"lock_basic.json: {what}" in out and "not as they were locked: 3, see above" in error
     for path in locked.glob("lock_*.json"):
         path.unlink()
     assert "not as they were locked: 3, see above" in user_error(lock.main, "--verify", locked)
@@ -201,13 +206,16 @@ def test_verify_names_a_file_that_the_disk_cannot_read_and_goes_on(locked, comma
         lambda manifest: manifest["settings"].update(dataset="a\nb"),
     ],
 )
-def test_a_manifest_that_no_lock_writes(locked, user_error, change):
+def test_a_manifest_that_no_lock_writes(locked, command, capsys, change):
     """Among them what would make --verify read other files, or print what it did not find out."""
     (locked.parent / "secret").write_text("secret")
     manifest = manifest_of(locked)
     change(manifest)
     (locked / "lock_basic.json").write_text(json.dumps(manifest))
-    assert "lock_basic.json: not a manifest of lock.py" in user_error(lock.main, "--verify", locked)
+    with pytest.raises(SystemExit):
+        command(lock.main, "--verify", locked)
+    out, error = capsys.readouterr()
+    assert "lock_basic.json: not a manifest of lock.py" in out and "not as they were locked: 1, see above" in error
 
 
 def test_verify_names_what_does_not_belong_there(place, locked, command, user_error, capsys):
@@ -244,6 +252,10 @@ def test_overwriting_never_replaces_the_originals(place, locked, user_error, com
     line = user_error(lock.main, *flags, "--dataset", "folder", "--orig-data", locked / "basic")
     assert "what is handed out and the originals in" in line
     assert "and the originals in" in user_error(lock.main, *flags, "--orig-data", locked / "basic" / "train")
+    (locked / "basic" / "test" / "0" / "old.png").touch()
+    (locked / "basic" / "train.sha256").unlink()  # the other one still tells whose tree it is
+    command(lock.main, *flags)
+    command(lock.main, "--verify", locked)
     for split in data.SPLITS:
         (locked / "basic" / f"{split}.sha256").unlink()
     assert f"{locked}/basic exists, and is not of a lock" in user_error(lock.main, *flags)

@@ -7,11 +7,11 @@ What is printed is Markdown, so that a file of it is the record of a run.
 
 The authors' way is robustness' AttackerModel in float32, attacking once for every attack of every method, and, for
 training, PIL transforms in loader workers, float32, images in torch's default memory format; on a GPU with TF32 in
-convolutions, which is torch's default. Ours is what auto picks. Both ways get random images and untrained models, by
-turns, and the best of several rounds counts; what the first call takes longer, compiling, is told apart. What the whole
-of the work would take follows from that: to attack the 60,000 images of CIFAR-10 in 100 steps, the first call
-included, or an epoch of 50,000, without evaluations and checkpoints, by either way. On a CPU only little of it is
-timed: of an attack one step, which tells nothing of 100.
+convolutions, which is torch's default. Ours is in the precision that auto picks, and compiled on a GPU only. Both ways
+get random images and untrained models, by turns, and the best of several rounds counts; what the first call takes
+longer, compiling, is told apart. What the whole of the work would take follows from that: to attack the 60,000 images
+of CIFAR-10 in 100 steps, the first call included, or an epoch of 50,000, without evaluations and checkpoints, by either
+way. On a CPU only little of it is timed: of an attack one step, which tells nothing of 100.
 
 Small models leave a GPU mostly idle, so they are also trained several at once, a process for each, as
 python -m experiments --jobs does it. Processes take turns on a GPU unless NVIDIA's MPS lets them share it.
