@@ -125,13 +125,18 @@ def lock_split(lock_one, images, labels, split, locks, args, device, ranks):
                 start, methods = together[ranks.rank]
                 batch = [tensor[start : start + sizes[start]].to(device) for tensor in (images, labels)]
                 evaluations = (args.attack_steps + 1) * len(attacks_of(methods))  # of each image
-                advance = partial(progress.update, sum(sizes[start] for start, _ in together) / evaluations)
-                results, error = utils.attempt(lock_one, *batch, split, methods, advance)
+                on_step = partial(advance, progress, sum(sizes[start] for start, _ in together) / evaluations)
+                results, error = utils.attempt(lock_one, *batch, split, methods, on_step)
             made = ranks.gather((results or {}, utils.environment(device)))
             ranks.on_rank0(shards.write_all, locks, split, [start for start, _ in together], made)
             ranks.abort_if_any(error)  # only now: the others' batches are written
     seconds = time.time() - t0
     ranks.say(f"{split}: {count} images in {seconds:.0f} s, {count / seconds:.1f} a second")
+
+
+def advance(progress, images):
+    """Let a tqdm advance by images, which need not be whole, but not beyond its total, as their rounded sum might."""
+    progress.update(min(images, progress.total - progress.n))
 
 
 # The report
@@ -159,7 +164,9 @@ def weaknesses(summary):
     if min(summary["attacks"].values()) < 0.9:
         yield "many attacks miss their target: raise --eps and --attack-lr, or --attack-steps"
     if summary["to_true"] > 0.25:
-        remedy = "lock by basic" if len(summary["attacks"]) > 1 else "raise --eps and --attack-lr"
+        remedy = "lock by basic"
+        if len(summary["attacks"]) == 1:  # a target can be the true class where the classifier predicts another
+            remedy = "raise --eps and --attack-lr, or train a better base classifier"
         yield f"many locked images are still given their true label: {remedy}"
 
 

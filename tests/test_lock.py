@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -207,7 +208,8 @@ def test_report():
     blind = {**strong, "base": torch.tensor([1.0, 0, 0, 0])}
     assert "wrong on most originals" in " ".join(lock.weaknesses(shards.summarize(blind, "basic")))
     weak = {**strong, "to_true": torch.tensor([1.0, 1, 0, 0])}
-    assert "raise --eps" in " ".join(lock.weaknesses(shards.summarize(weak, "basic")))
+    line = " ".join(lock.weaknesses(shards.summarize(weak, "basic")))
+    assert "raise --eps" in line and "train a better base classifier" in line
     one_misses = {**measured, "T2": torch.ones(4)}
     assert "miss their target" in " ".join(lock.weaknesses(shards.summarize(one_misses, "mixup")))
     unchanged = {**measured, "l2": torch.zeros(4)}
@@ -372,6 +374,14 @@ def test_a_folded_classifier_that_gives_nan_is_not_attacked(tmp_path):
     with pytest.raises(UserError, match="gives NaN or infinity: train it again"):  # which ends the lock
         flags = {"attack_steps": 1, "batch_size": 2, "precision": "float32"}
         lock_by("basic", tmp_path, folded, images, labels, "test", **flags)
+
+
+def test_the_progress_ends_at_the_last_image(place, command, tmp_path):
+    """And not a little beyond, of which tqdm warns: in floating point, fifteen fifths are more than three."""
+    assert sum([1 / 5] * 15) > 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        command(lock.main, *lock_flags(place, tmp_path), "--subset", 3, "--batch-size", 1, "--attack-steps", 4)
 
 
 def test_a_lock_computes_in_its_precision_and_compiles_its_batches(place, command, monkeypatch, tmp_path):
