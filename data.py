@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision.datasets import CIFAR10, ImageFolder
 
-from utils import UserError, first_line, naming, telling_damage
+from utils import UserError, first_line, naming, raise_error, telling_damage
 
 SPLITS = ("train", "test")
 
@@ -174,9 +174,6 @@ def list_images(folder):
     def hidden(path):
         return any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
 
-    def unreadable(error):
-        raise error
-
     def is_image(path):
         if hidden(path):
             return False
@@ -189,7 +186,7 @@ def list_images(folder):
     loose = next((path for path in folder.iterdir() if not (path.is_dir() or hidden(path))), None)
     if loose:
         raise UserError(f"{loose}: lies beside the folders of the classes; move it into one, or take it away")
-    for _, subfolders, _ in os.walk(folder, onerror=unreadable, followlinks=True):  # torchvision would leave it out
+    for _, subfolders, _ in os.walk(folder, onerror=raise_error, followlinks=True):  # torchvision would leave it out
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
     try:
         return VisibleFolder(str(folder), is_valid_file=is_image)

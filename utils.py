@@ -146,6 +146,11 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0][:150]
 
 
+def raise_error(error):
+    """Raise an error: the onerror of an os.walk that is not to leave out what it cannot read."""
+    raise error
+
+
 def printable(text):
     """A text on one line, and without what would steer a terminal: some of it was read from files of others."""
     return "".join(character if character.isprintable() else " " for character in str(text))

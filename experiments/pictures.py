@@ -5,7 +5,7 @@ import math
 from textwrap import wrap
 
 import numpy as np
-from matplotlib import image
+from matplotlib import colormaps, image
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -20,10 +20,10 @@ def panels_of(groups):
     A control that is drawn beside what it controls has no panel of its own.
     """
     controls = filter(None, (control_of(group[0], groups) for group in groups))
-    used, panels = [control[0]["training"] for control in controls], {}
+    used, panels = [kind_of(control) for control in controls], {}
     for group in groups:
         first = group[0]
-        if first["training"] not in used:
+        if kind_of(group) not in used:
             name = ("{architecture} on {dataset}, {label}".format(**first), first["lock_name"], first["epochs"])
             panels.setdefault((name, json.dumps(first["training"])), []).append(group)
     trainings = [members[0][0]["training"] for members in panels.values()]
@@ -31,6 +31,11 @@ def panels_of(groups):
     for (((model, lock, _), _), members), difference in zip(panels.items(), differences):
         title = "\n".join(wrap(", ".join(filter(None, [model, difference])), 52))
         yield f"{title}\nlock: {lock}", members
+
+
+def kind_of(control):
+    """What the controls of several locks have in common: their training and precision."""
+    return control[0]["training"], control[0]["config"].get("precision")
 
 
 def plot_curves(groups, path):
@@ -41,7 +46,10 @@ def plot_curves(groups, path):
     """
     panels = list(panels_of(groups))
     methods = dict.fromkeys(group[0]["method"] for _, members in panels for group in members)
-    colors = {method: f"C{index}" for index, method in enumerate(methods)}
+    palette = [f"C{index}" for index in range(10)]
+    if len(methods) > len(palette):
+        palette = colormaps["turbo"](np.linspace(0, 1, len(methods)))
+    colors = dict(zip(methods, palette))
     columns = min(len(panels), 4)
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(max(4 * columns, 6.5), 3 * rows + 0.5), layout="constrained")

@@ -37,9 +37,10 @@ AUGMENTATIONS = {
 
 
 def find_results(folder):
-    """The real path of every result.json below a folder; links are followed, and no folder is looked at twice."""
+    """The real path of every result.json below a folder; links are followed, and no folder is looked at twice. Raises
+    OSError where one cannot be read."""
     seen = set()
-    for root, subfolders, files in os.walk(folder, followlinks=True):
+    for root, subfolders, files in os.walk(folder, onerror=utils.raise_error, followlinks=True):
         root = os.path.realpath(root)
         if root in seen:
             subfolders.clear()
@@ -77,12 +78,14 @@ def read_result(path):
 def gather(folders):
     """Every result.json below the folders, as read_result, put together where only the seed differs.
 
-    Returns a list of lists of results. Copies of a result count once.
+    Returns a list of lists of results. Copies of a result count once, one with its picture rather than one without.
     """
     groups = {}
     for path in sorted({path for folder in folders for path in find_results(folder)}):
         result = read_result(path)
-        groups.setdefault(result["group"], {})[result["id"]] = result
+        copies = groups.setdefault(result["group"], {})
+        if result["id"] not in copies or (path.parent / "images.png").exists():
+            copies[result["id"]] = result
     found = sorted(([*group.values()] for group in groups.values()), key=place_in_table)
     columns = "dataset", "architecture", "method", "name", "lock_name", "epochs"
     rows = [tuple(group[0][column] for column in columns) for group in found]

@@ -6,6 +6,7 @@ import sys
 # The tests compare bit for bit, which a GPU does not promise: all but those of test_gpu.py run on the CPU everywhere.
 if not os.environ.get("TEST_ON_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["PYTHON_COLORS"] = "0"  # they read what commands print, to which FORCE_COLOR would add colours
 
 from functools import cache, partial
 from pathlib import Path

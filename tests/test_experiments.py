@@ -1,11 +1,13 @@
 """Many runs at once, and what is gathered of them."""
 
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from queue import SimpleQueue
 from statistics import mean
 from threading import Event
@@ -122,6 +124,14 @@ def test_what_is_drawn(results, monkeypatch, tmp_path):
     assert [line.get_color() for line in panel.lines] == ["grey", "C0", "C0", "C1", "C1"]
 
 
+def test_each_of_many_methods_has_a_colour_of_its_own(monkeypatch, tmp_path):
+    figures, changes = [], [{"lock_method": "horiz", "alpha": alpha / 10} for alpha in range(1, 12)]
+    monkeypatch.setattr(pictures.Figure, "savefig", lambda figure, path, **_: figures.append(figure))
+    pictures.plot_curves(gather_changed(tmp_path, *changes), tmp_path / "curves.png")
+    (panel,) = figures[0].axes
+    assert len({tuple(line.get_color()) for line in panel.lines}) == 11
+
+
 def test_other_trainings_have_a_panel_of_their_own(monkeypatch, tmp_path):
     """Also where no row of the table reads as theirs: of each method there is one."""
     figures, changes = [], [{}, {"lock_method": "horiz", "config": {"epochs": 2, "seed": 0, "batch_size": 8}}]
@@ -135,14 +145,17 @@ def test_other_trainings_have_a_panel_of_their_own(monkeypatch, tmp_path):
     assert titles == ["vgg19 on cifar10, plain, batch_size 128", "vgg19 on cifar10, plain, batch_size 8"]
 
 
-def test_a_control_with_mixup_has_a_panel_where_one_without_is_drawn(monkeypatch, tmp_path):
+def test_a_control_that_is_not_drawn_beside_a_run_has_a_panel(monkeypatch, tmp_path):
+    """One with mixup where one without is drawn, or in half precision."""
     figures, original = [], {"epochs": 2, "train_on": "original"}
     monkeypatch.setattr(pictures.Figure, "savefig", lambda figure, path, **_: figures.append(figure))
     mixed = {"name": "control_mixup", "config": original | {"mixup": True}}
-    changes = {"config": {"epochs": 2}}, {"name": "control", "config": original}, mixed
+    half = {"name": "control_half", "config": original | {"precision": "float16"}}
+    changes = {"config": {"epochs": 2}}, {"name": "control", "config": original}, mixed, half
     pictures.plot_curves(gather_changed(tmp_path, *changes), tmp_path / "curves.png")
     titles = [axis.get_title().partition("\n")[0] for axis in figures[0].axes]
-    assert titles == ["vgg19 on cifar10, plain", "vgg19 on cifar10, control_mixup"]
+    names = ("plain", "control_mixup", "control_half")
+    assert sorted(titles) == sorted(f"vgg19 on cifar10, {name}" for name in names)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +193,29 @@ def test_without_a_manifest_a_control_is_of_the_same_originals(tmp_path):
     paths = {"a": {}, "b": {"train_on": "original"}}
     groups = gather_changed(tmp_path, *({"config": {"orig_data_path": path, **keys}} for path, keys in paths.items()))
     assert len(groups) == 2 and not any(tables.control_of(group[0], groups) for group in groups)
+
+
+@pytest.mark.parametrize("pictured", ["a", "b"])
+def test_of_copies_the_one_with_its_picture_counts(pictured, tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps(RESULT))
+    (tmp_path / pictured / "images.png").touch()
+    ((result,),) = tables.gather([tmp_path])
+    assert result["folder"] == tmp_path / pictured
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(results, monkeypatch):
+    scan = os.scandir
+
+    def denied(path):
+        if Path(path).name == "1":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(PermissionError, match="runs/1"):
+        tables.gather([results])
 
 
 def gather_changed(tmp_path, *changes):

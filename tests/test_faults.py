@@ -121,7 +121,7 @@ def two_epochs(work):
 
 
 def test_a_full_disk_costs_no_checkpoint(two_epochs, tmp_path):
-    flags, checkpoint = two_epochs
+    flags, _ = two_epochs
     output = tmp_path / "output"
     assert finish(train.main, [*flags, "--epochs", 4], output, file_size=100_000) == 2
     last = output.read_text().splitlines()[-1]

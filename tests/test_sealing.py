@@ -270,7 +270,7 @@ def test_the_lock_of_a_method_is_unlocked(place, locked, command, user_error, tm
     assert len(torch.cat(torch.load(tmp_path / "other" / "train_image_original"))) == 96
 
 
-def test_what_cannot_be_unlocked(sealed, place, command, user_error, tmp_path):
+def test_what_cannot_be_unlocked(sealed, place, user_error, tmp_path):
     folder, key = sealed
     for path in folder.glob("*50_horiz*"):
         path.unlink()
