@@ -400,7 +400,7 @@ def parse_arguments():
         "--precision",
         choices=["auto", *PRECISIONS],
         default="auto",
-        help="of the gradients; auto: half precision where that is faster, or as the lock was begun "
+        help="of the gradients and losses; auto: half precision where that is faster, or as the lock was begun "
         "(default: %(default)s)",
     )
     add(
