@@ -117,6 +117,12 @@ def augment(images, config):
     return cutout(inputs, options.holes, options.length) if options.cutout else inputs
 
 
+def compress(image, quality):
+    """An image, uint8 [3, H, W], after JPEG of a quality from 1 to 100."""
+    picture = functional.to_pil_image(image)  # of tensors, torchvision's jpeg is deprecated
+    return functional.pil_to_tensor(functional.jpeg(picture, quality))
+
+
 def preprocess(images, config):
     """The countermeasures of the config's preprocess section, applied to a whole data set, uint8 images [N, 3, H, W].
 
@@ -133,7 +139,5 @@ def preprocess(images, config):
     if options.bits < 8:
         images = functional.posterize(images, options.bits)
     if options.jpeg_quality > 0:
-        pictures = [functional.to_pil_image(image) for image in images]  # of tensors, torchvision's is deprecated
-        pictures = [functional.jpeg(picture, options.jpeg_quality) for picture in pictures]
-        images = torch.stack([functional.pil_to_tensor(picture) for picture in pictures])
+        images = torch.stack([compress(image, options.jpeg_quality) for image in images])
     return images.contiguous()

@@ -7,6 +7,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision.datasets import CIFAR10, ImageFolder
 
-from utils import UserError, first_line, naming, raise_error, telling_damage
+from utils import UserError, first_line, in_threads, naming, raise_error, telling_damage
 
 SPLITS = ("train", "test")
 
@@ -36,7 +37,8 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """load(root, split) returns a Split, and raises UserError where root does not hold one.
+    """load(root, split, count=None) returns a Split, or the first count images of it; raises UserError where root does
+    not hold one.
 
     mean and std are the numbers that its pixels in [0, 1] are normalised with, one for each channel.
     """
@@ -51,7 +53,7 @@ def numbered(labels, classes):
     return [f"{classes[label]}/{index:05d}.png" for index, label in enumerate(labels.tolist())]
 
 
-def load_cifar10(root, split):
+def load_cifar10(root, split, count=None):
     """CIFAR-10 (Krizhevsky, 2009), in the order of its batch files; raises UserError where it is absent or damaged."""
     try:
         data = CIFAR10(root, train=split == "train")
@@ -62,10 +64,10 @@ def load_cifar10(root, split):
             "or give --dataset folder for images of your own"
         ) from error
     images, labels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
-    return Split(images, labels, data.classes, numbered(labels, data.classes))
+    return Split(images, labels, data.classes, numbered(labels, data.classes)).first(count)
 
 
-def load_digits(root, split):
+def load_digits(root, split, count=None):
     """scikit-learn's 1,797 handwritten digits, 8x8 pixels enlarged to 3x32x32; the last 360 are the test set.
 
     They come inside scikit-learn (from UCI's Optical Recognition of Handwritten Digits): root is not read.
@@ -77,15 +79,15 @@ def load_digits(root, split):
     images = torch.from_numpy(pixels[part]).float().div(16).reshape(-1, 1, 8, 8)
     images = F.interpolate(images, size=(32, 32), mode="bilinear").expand(-1, 3, -1, -1)
     labels, classes = torch.from_numpy(labels[part]).long(), [str(digit) for digit in range(10)]
-    return Split(to_uint8(images), labels, classes, numbered(labels, classes))
+    return Split(to_uint8(images), labels, classes, numbered(labels, classes)).first(count)
 
 
-def load_folder(root, split):
+def load_folder(root, split, count=None):
     """The images in root/<split>/<class>/, PNG or JPEG and of one size: of each class the first by name, then the
     second, and so on.
 
-    So the first images of a split, which --subset takes, are of every class. Raises UserError naming the file or
-    folder where one cannot be used.
+    So the first images of a split, which --subset takes, are of every class; no others are read then. Raises UserError
+    naming the file or folder where one cannot be used.
     """
     folder = Path(root, split)
     files, train_files = list_images(folder), list_images(Path(root, "train"))
@@ -97,18 +99,23 @@ def load_folder(root, split):
     size = read_image(first).shape
     if min(size[1:]) < 8:
         raise UserError(f"{first}: {size[2]}x{size[1]} pixels are too few; take images of at least 8x8")
-    samples = by_turns(files.samples, folder)
+    samples = by_turns(files.samples, folder)[:count]
     try:
         images = torch.empty(len(samples), *size, dtype=torch.uint8)
     except RuntimeError as error:
         what = f"{len(samples)} images of {size[2]}x{size[1]} pixels"
         raise UserError(f"{folder}: {what} do not fit into memory; scale them down") from error
-    for index, (path, *_) in enumerate(samples):
-        image = read_image(path)
+
+    def read(index):
+        path, *_ = samples[index]
+        image = decode_image(path)
         if image.shape != size:
             found, expected = (f"{shape[2]}x{shape[1]}" for shape in (image.shape, size))
             raise UserError(f"{path}: is {found} pixels, but {first} is {expected}; bring all images to one size")
         images[index] = image
+
+    with no_warnings():
+        in_threads(read, range(len(samples)), desc=str(folder), unit="image")
     _, labels, names = zip(*samples)
     colon = next((name for name in names if ":" in name), None)
     if colon:
@@ -194,7 +201,21 @@ def list_images(folder):
         raise UserError(f"{folder}: expected a folder of images for each class; {first_line(error)}") from error
 
 
-def read_image(path, content=None):
+@contextmanager
+def no_warnings():
+    """Show no warnings meanwhile, in any thread: of what Pillow thinks of files that it can read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def read_image(path):
+    """decode_image, without Pillow's warnings."""
+    with no_warnings():
+        return decode_image(path)
+
+
+def decode_image(path, content=None):
     """An image as uint8 [3, H, W], turned upright, of a file, or of its bytes where they have been read already.
 
     Raises UserError where it is damaged, or holds what 8-bit RGB cannot: more bits, transparency, CMYK, an animation.
@@ -203,17 +224,15 @@ def read_image(path, content=None):
     what = f"{path}: cannot be read as PNG or JPEG"
     # why would name the buffer, not the file
     damage = telling_damage(lambda why: f"{what} ({why})" if content is None else what)
-    with naming(path), damage, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what Pillow thinks of a file that it can read
-        with Image.open(file, formats=("PNG", "JPEG")) as image:
-            raw = image.tile[0][3] if image.format == "PNG" else image.mode  # of 16-bit colours the mode is RGB too
-            if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA") or ";16" in raw:
-                raise UserError(f"{path}: its pixels are {raw}; convert it to 8-bit RGB or grey")
-            if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
-                raise UserError(f"{path}: parts of it are transparent; convert it to RGB")
-            if image.format == "PNG" and image.is_animated:
-                raise UserError(f"{path}: is animated; save one of its frames in its place")
-            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    with naming(path), damage, Image.open(file, formats=("PNG", "JPEG")) as image:
+        raw = image.tile[0][3] if image.format == "PNG" else image.mode  # of 16-bit colours the mode is RGB too
+        if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA") or ";16" in raw:
+            raise UserError(f"{path}: its pixels are {raw}; convert it to 8-bit RGB or grey")
+        if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+            raise UserError(f"{path}: parts of it are transparent; convert it to RGB")
+        if image.format == "PNG" and image.is_animated:
+            raise UserError(f"{path}: is animated; save one of its frames in its place")
+        pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

@@ -183,7 +183,7 @@ def describe(paths, manifest):
 
 def load_inputs(args):
     """The splits by name, the base classifier on its device, the device, and why it was chosen."""
-    splits = {split: DATASETS[args.dataset].load(args.orig_data, split).first(args.subset) for split in SPLITS}
+    splits = {split: DATASETS[args.dataset].load(args.orig_data, split, args.subset) for split in SPLITS}
     classes = splits["train"].classes
     if len(classes) < 2:
         raise UserError(f"{args.orig_data}: images of one class cannot be sent to another; lock at least two classes")

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from data import SPLITS, check_names, is_plain, read_image, to_uint8
+from data import SPLITS, check_names, decode_image, is_plain, no_warnings, to_uint8
 from methods import PARAMETERS, TARGET_MAPS, parameters_of
-from utils import UserError, discard, naming, read_file, serialize, sync_folder, telling_damage
+from utils import UserError, discard, in_threads, naming, read_file, serialize, sync_folder, telling_damage
 
 # Names of files
 
@@ -256,22 +256,24 @@ def check_tree(paths, manifest):
 
 def to_bytes(tensor):
     """What a locked file holds: torch.save of a list of one tensor, as the authors' lists of batches."""
-    return serialize([tensor.clone()])  # cloned, since a slice would be saved with all that it is a slice of
+    is_slice = tensor.untyped_storage().nbytes() > tensor.nbytes  # which would be saved with all that it is a slice of
+    return serialize([tensor.clone() if is_slice else tensor])
 
 
 def write_tree(folder, part):
     """Write the images of a Split as PNG files folder/<name>; returns their SHA-256 by name, in their order."""
     check_names(part.names, part.classes, folder)
-    sums = {}
-    for image, name in zip(part.images.permute(0, 2, 3, 1).numpy(), part.names):
-        path = Path(folder, name)
-        file = io.BytesIO()
-        Image.fromarray(image).save(file, "png")
+    images = part.images.permute(0, 2, 3, 1).numpy()
+
+    def write(index):
+        path, file = Path(folder, part.names[index]), io.BytesIO()
+        Image.fromarray(images[index]).save(file, "png")
         with naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(file.getvalue())
-        sums[name] = sha256(file.getvalue())
-    return sums
+        return sha256(file.getvalue())
+
+    return dict(zip(part.names, in_threads(write, range(len(images)), desc=str(folder), unit="image")))
 
 
 # Reading
@@ -280,7 +282,8 @@ def write_tree(folder, part):
 def from_bytes(content, path):
     """One tensor, from the bytes of a file that holds a list of tensors; never unpickles anything but tensors."""
     with telling_damage(lambda why: f"{path}: not a list of tensors, or damaged ({why}); {REMEDY}"):
-        tensor = torch.cat(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+        tensors = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]  # without a copy
         tensor.numpy()  # what is no ordinary tensor fails here
         return tensor
 
@@ -345,7 +348,12 @@ def load_split(paths, split, manifest):
     else:
         tree, sums = paths.tree / split, read_sums(paths, split, manifest)
         files = [tree, paths.sums(split)]
-        images = [read_image(tree / name, png_bytes(paths, split, name, expected)) for name, expected in sums.items()]
+
+        def read(name):
+            return decode_image(tree / name, png_bytes(paths, split, name, sums[name]))
+
+        with no_warnings():
+            images = in_threads(read, list(sums), desc=str(tree), unit="image")
         if len({image.shape for image in images}) > 1:
             raise UserError(f"{files[0]}: the images differ in size; {REMEDY}")
         classes = manifest["settings"]["classes"]

@@ -73,8 +73,11 @@ def seal(original, locked, key, context):
         "classes": original.classes,
         "names": original.names,
     }
-    residual = (original.images - locked).numpy().tobytes()  # uint8 wraps around, here and back
-    content = zlib.compress(json.dumps(about).encode() + b"\n" + residual, level=1)
+    packer = zlib.compressobj(level=1)
+    parts = [packer.compress(json.dumps(about).encode() + b"\n")]
+    for images, others in zip(original.images.split(1000), locked.split(1000)):  # few, to spare memory
+        parts.append(packer.compress((images - others).contiguous().numpy()))  # uint8 wraps around, here and back
+    content = memoryview(b"".join([*parts, packer.flush()]))
     chunks = [content[start : start + CHUNK_BYTES] for start in range(0, len(content), CHUNK_BYTES)]
     sealed = []
     for index, chunk in enumerate(chunks):
@@ -92,10 +95,12 @@ def unseal(sealed, locked, key, context):
         for index, chunk in enumerate(chunks):
             nonce, encrypted = chunk[:NONCE_BYTES], chunk[NONCE_BYTES:]
             content.append(AESGCM(key).decrypt(nonce, encrypted, f"{context} {index} of {len(chunks)}".encode()))
-        about, _, residual = zlib.decompress(b"".join(content)).partition(b"\n")
+        content = bytearray(zlib.decompress(b"".join(content)))
+        end = content.index(b"\n") + 1
+        residual = torch.frombuffer(content, dtype=torch.uint8, offset=end)
     except (InvalidTag, ValueError, zlib.error) as error:
         raise UserError(f"cannot unlock {context}: the key is another, or a file was changed") from error
-    about, residual = json.loads(about), torch.frombuffer(bytearray(residual), dtype=torch.uint8)
+    about = json.loads(content[:end])
     images = locked + residual.view_as(locked) if residual.numel() == locked.numel() else locked
     if hash_tensor(images) != about["images_sha256"]:
         raise UserError(f"cannot unlock {context}: the locked images are not those that were sealed")

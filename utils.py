@@ -5,6 +5,7 @@ import copy
 import difflib
 import errno
 import io
+import itertools
 import math
 import os
 import platform
@@ -15,6 +16,7 @@ import sys
 import threading
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +25,7 @@ import PIL
 import torch
 import torchvision
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 # User errors
 
@@ -248,6 +251,17 @@ def sync_folder(path):
                 raise
         finally:
             os.close(descriptor)
+
+
+def in_threads(function, items, **progress):
+    """function of each of a sequence of items, as a list in their order, by as many threads as torch has.
+
+    Where it takes long, a progress bar of tqdm's options progress is shown.
+    """
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        blocks = (items[start : start + 64] for start in range(0, len(items), 64))  # so that an error ends it soon
+        results = itertools.chain.from_iterable(pool.map(function, block) for block in blocks)
+        return list(tqdm(results, total=len(items), delay=2, leave=False, disable=None, **progress))
 
 
 def discard(folder, trash):

@@ -91,6 +91,9 @@ def test_a_folder_is_read_by_name_a_class_after_the_other(folder, monkeypatch):
     assert train_split.classes == ["cat", "dog"] and train_split.labels.tolist() == [0, 1, 0]
     assert train_split.names == ["cat/a.png", "dog/c.png", "cat/b.png"]
     assert [len(part) for part in train_split.first(2)] == [2, 2, 2, 2]  # of two classes
+    (folder / "train" / "cat" / "b.png").write_bytes(b"not read")
+    for found, expected in zip(data.load_folder(folder, "train", 2), train_split.first(2)):
+        assert found == expected if isinstance(found, list) else torch.equal(found, expected)
     pixels = torch.from_numpy(COLOURS).permute(2, 0, 1)
     assert train_split.images.shape == (3, 3, 9, 12)
     few = torch.from_numpy(np.array(palette.convert("RGB"))).permute(2, 0, 1)

@@ -180,7 +180,7 @@ def test_a_folder_that_cannot_be_written_to(place, user_error, monkeypatch):
     # what is read is read before: where it lies may be closed to nobody
     monkeypatch.setattr(lock, "load_classifier", lambda *args: classifier)
     monkeypatch.setattr(Path, "read_bytes", lambda path: content)
-    monkeypatch.setitem(data.DATASETS, "digits", digits._replace(load=lambda root, split: splits[split]))
+    monkeypatch.setitem(data.DATASETS, "digits", digits._replace(load=lambda _, part, count: splits[part].first(count)))
     with no_privileges() as folder:
         line = user_error(lock.main, *lock_flags(place, folder / "new"))
         assert f"{folder}/new: cannot be a folder to write to (Permission denied); name another" in line

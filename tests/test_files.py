@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from contextlib import nullcontext
 from functools import partial
 from unittest.mock import Mock
@@ -257,6 +259,20 @@ def test_the_commit_is_that_of_the_code(monkeypatch, tmp_path):
     (tmp_path / "unpacked").mkdir()
     monkeypatch.setattr(utils, "__file__", str(tmp_path / "unpacked" / "utils.py"))
     assert utils.commit() is None  # the repository around it is another's
+
+
+def test_what_is_done_in_threads_comes_in_order():
+    threads = set()
+
+    def slow(index):
+        threads.add(threading.current_thread())
+        time.sleep(0.01 * (index % 3 == 0))
+        return -index
+
+    assert utils.in_threads(slow, range(200)) == [-index for index in range(200)]
+    assert threading.main_thread() not in threads and len(threads) <= torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError):
+        utils.in_threads(lambda index: 1 / index, [1, 0, 2])
 
 
 def test_a_slice_is_saved_alone():

@@ -112,7 +112,7 @@ def test_files_that_do_not_belong_together(place, work, user_error, monkeypatch)
         "images": lambda part: part._replace(images=part.images.roll(1, 0)),
     }
     for name, change in changes.items():
-        changed = digits._replace(load=lambda root, split, change=change: change(digits.load(root, split)))
+        changed = digits._replace(load=lambda *args, change=change: change(digits.load(*args)))
         monkeypatch.setitem(data.DATASETS, "digits", changed)
         assert f"locked from other {name}, or in another order, than none has now" in refusal()
     changed = digits._replace(load=lambda root, split: changes["images"](digits.load(root, split)) if split == "train"

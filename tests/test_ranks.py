@@ -43,8 +43,8 @@ def other():
     """lock.py where the second process has another test image."""
     load = data.load_digits
 
-    def load_other(path, split):
-        found = load(path, split)
+    def load_other(path, split, count):
+        found = load(path, split, count)
         found.images[0] += os.environ["RANK"] == "1" and split == "test"
         return found
 
