@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision.datasets import CIFAR10, ImageFolder
 
-from utils import UserError, first_line, in_threads, naming, raise_error, telling_damage
+from utils import UserError, first_line, in_threads, naming, telling_damage
 
 SPLITS = ("train", "test")
 
@@ -112,10 +112,10 @@ def load_folder(root, split, count=None):
         if image.shape != size:
             found, expected = (f"{shape[2]}x{shape[1]}" for shape in (image.shape, size))
             raise UserError(f"{path}: is {found} pixels, but {first} is {expected}; bring all images to one size")
-        images[index] = image
+        images[index].numpy()[:] = image.numpy()
 
     with no_warnings():
-        in_threads(read, range(len(samples)), desc=str(folder), unit="image")
+        in_threads(read, range(len(samples)), desc=f"reading {folder}", unit="image")
     _, labels, names = zip(*samples)
     colon = next((name for name in names if ":" in name), None)
     if colon:
@@ -181,6 +181,9 @@ def list_images(folder):
     def hidden(path):
         return any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
 
+    def unreadable(error):
+        raise error
+
     def is_image(path):
         if hidden(path):
             return False
@@ -193,7 +196,7 @@ def list_images(folder):
     loose = next((path for path in folder.iterdir() if not (path.is_dir() or hidden(path))), None)
     if loose:
         raise UserError(f"{loose}: lies beside the folders of the classes; move it into one, or take it away")
-    for _, subfolders, _ in os.walk(folder, onerror=raise_error, followlinks=True):  # torchvision would leave it out
+    for _, subfolders, _ in os.walk(folder, onerror=unreadable, followlinks=True):  # torchvision would leave it out
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
     try:
         return VisibleFolder(str(folder), is_valid_file=is_image)

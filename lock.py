@@ -295,12 +295,13 @@ def verify(folder):
         remedy = "finish its lock first" if interrupted else "name a folder that was given as --lock-data"
         raise UserError(f"--verify {folder}: holds no lock_*.json; {remedy}")
     for paths in locks:
-        checks = lockfiles.check_files, lockfiles.check_unlisted, lockfiles.check_tree
+        errors = []
         try:
             manifest = lockfiles.read_manifest(paths)
-            errors = [error for check in checks for error in check(paths, manifest)]
-        except (UserError, OSError) as error:  # the manifest itself is damaged
-            errors = [error]
+            for check in (lockfiles.check_files, lockfiles.check_unlisted, lockfiles.check_tree):
+                errors += check(paths, manifest)
+        except (UserError, OSError) as error:  # the manifest is damaged, or a folder cannot be read
+            errors.append(error)
         wrong += len(errors)
         print(describe(paths, manifest) if not errors else "\n".join(map(utils.printable, errors)))
     if wrong:

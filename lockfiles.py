@@ -273,7 +273,8 @@ def write_tree(folder, part):
             path.write_bytes(file.getvalue())
         return sha256(file.getvalue())
 
-    return dict(zip(part.names, in_threads(write, range(len(images)), desc=str(folder), unit="image")))
+    hashes = in_threads(write, range(len(images)), desc=f"writing {Path(folder).name}", unit="image")
+    return dict(zip(part.names, hashes))
 
 
 # Reading
@@ -302,7 +303,7 @@ def check_tensors(images, labels, image_path, label_path):
     if len(images) != len(labels):
         found = f"{image_path} holds {len(images)} images, but {label_path} {len(labels)} labels"
         raise UserError(f"{found}; {REMEDY}")
-    return images.contiguous(), labels.long()
+    return images.contiguous(), labels.long().contiguous()
 
 
 def read_checked(paths, manifest, path):
@@ -353,7 +354,7 @@ def load_split(paths, split, manifest):
             return decode_image(tree / name, png_bytes(paths, split, name, sums[name]))
 
         with no_warnings():
-            images = in_threads(read, list(sums), desc=str(tree), unit="image")
+            images = in_threads(read, list(sums), desc=f"reading {tree}", unit="image")
         if len({image.shape for image in images}) > 1:
             raise UserError(f"{files[0]}: the images differ in size; {REMEDY}")
         classes = manifest["settings"]["classes"]

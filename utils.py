@@ -149,11 +149,6 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0][:150]
 
 
-def raise_error(error):
-    """Raise an error: the onerror of an os.walk that is not to leave out what it cannot read."""
-    raise error
-
-
 def printable(text):
     """A text on one line, and without what would steer a terminal: some of it was read from files of others."""
     return "".join(character if character.isprintable() else " " for character in str(text))
@@ -256,12 +251,14 @@ def sync_folder(path):
 def in_threads(function, items, **progress):
     """function of each of a sequence of items, as a list in their order, by as many threads as torch has.
 
-    Where it takes long, a progress bar of tqdm's options progress is shown.
+    Where it takes long, a progress bar of tqdm's options progress is shown, of torchrun's processes by the first. (What
+    torch shares out among threads of its own is not for the function: each of these would have as many.)
     """
+    hidden = None if os.environ.get("RANK", "0") == "0" else True  # None: where the output is no terminal
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         blocks = (items[start : start + 64] for start in range(0, len(items), 64))  # so that an error ends it soon
         results = itertools.chain.from_iterable(pool.map(function, block) for block in blocks)
-        return list(tqdm(results, total=len(items), delay=2, leave=False, disable=None, **progress))
+        return list(tqdm(results, total=len(items), delay=2, leave=False, disable=hidden, **progress))
 
 
 def discard(folder, trash):

@@ -33,9 +33,9 @@ def panels_of(groups):
         yield f"{title}\nlock: {lock}", members
 
 
-def kind_of(control):
-    """What the controls of several locks have in common: their training and precision."""
-    return control[0]["training"], control[0]["config"].get("precision")
+def kind_of(group):
+    """What makes a group another control, whatever the lock that it was tested on: its training and precision."""
+    return group[0]["training"], group[0]["config"].get("precision")
 
 
 def plot_curves(groups, path):

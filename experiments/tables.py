@@ -39,8 +39,13 @@ AUGMENTATIONS = {
 def find_results(folder):
     """The real path of every result.json below a folder; links are followed, and no folder is looked at twice. Raises
     OSError where one cannot be read."""
+
+    def unreadable(error):
+        if not isinstance(error, FileNotFoundError):  # which train.py --overwrite has deleted meanwhile
+            raise error
+
     seen = set()
-    for root, subfolders, files in os.walk(folder, onerror=utils.raise_error, followlinks=True):
+    for root, subfolders, files in os.walk(folder, onerror=unreadable, followlinks=True):
         root = os.path.realpath(root)
         if root in seen:
             subfolders.clear()

@@ -309,8 +309,8 @@ def test_a_store_on_a_file_system_that_cannot_lock(tmp_path):
 
 
 def test_a_base_classifier_is_evaluated_alone(place, photos, command, capsys, monkeypatch, tmp_path):
-    """In a folder that holds a classifier, too, and where a training image is damaged; also where git fails in more
-    ways than robustness expects: in another user's clone, or one without a commit."""
+    """In a folder that holds a classifier, too, and without reading the training images, but for the first; also where
+    git fails in more ways than robustness expects: in another user's clone, or one without a commit."""
     monkeypatch.setattr("git.Repo", lambda *args, **options: 1 / 0)
     best = place / "base" / "checkpoint.pt.best"
     command(base.main, *base_flags(tmp_path), "--exp-name", "evaluated", "--eval-only", 1, "--resume", best,

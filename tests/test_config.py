@@ -1,5 +1,6 @@
 """Config files: keys, values, and what is refused."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,13 @@ def test_the_keys_that_may_change_when_a_run_is_resumed():
     """Those that say where files are, how often it is evaluated, and on what it computes."""
     files = {key for key in CONFIG if key.startswith("locked_")} | {"orig_data_path", "ckpt_path", "ckpt_name"}
     assert FREE_ON_RESUME == files | {"eval_freq", "test_batch", "use_gpu", "compile", "workers", "input_size"}
+
+
+def test_no_other_config_is_shipped():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    tracked = subprocess.run(["git", "ls-files", "experiments/*.yaml"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert sorted(tracked.split()) == sorted(f"experiments/{name}/config.yaml" for name in SHIPPED)
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -49,8 +49,10 @@ def pair(tmp_path):
 def test_this_projects_files(pair):
     images, labels, manifest = load_locked(*pair([IMAGES], [LABELS]))
     assert manifest is None and torch.equal(images, IMAGES) and torch.equal(labels, LABELS)
-    images, *_ = load_locked(*pair([IMAGES.to(memory_format=torch.channels_last)], [LABELS]))
+    column = torch.stack([LABELS, LABELS], 1)[:, 0]
+    images, labels, _ = load_locked(*pair([IMAGES.to(memory_format=torch.channels_last)], [column]))
     assert images.is_contiguous() and torch.equal(images, IMAGES)  # else their bytes could not be hashed
+    assert labels.is_contiguous() and torch.equal(labels, LABELS)
 
 
 def test_the_originals_list_of_float_batches(pair):
