@@ -88,12 +88,17 @@ def run_command(main, if_interrupted="nothing more was written"):
     try:
         _, message = attempt(main)
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun, one says it
+        if is_first():
             print(f"interrupted: {if_interrupted}", file=sys.stderr)
         sys.exit(130)
     if message is not None:
         print(f"{command_name()}: error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+def is_first():
+    """Whether this process is the first of torchrun's, or the only one: it says what all have to say."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def attempt(function, *args):
@@ -254,9 +259,10 @@ def in_threads(function, items, **progress):
     Where it takes long, a progress bar of tqdm's options progress is shown, of torchrun's processes by the first. (What
     torch shares out among threads of its own is not for the function: each of these would have as many.)
     """
-    hidden = None if os.environ.get("RANK", "0") == "0" else True  # None: where the output is no terminal
+    hidden = None if is_first() else True  # None: where the output is no terminal
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        blocks = (items[start : start + 64] for start in range(0, len(items), 64))  # so that an error ends it soon
+        # block by block: in one go, as tqdm's thread_map does it, 200,000 items take 400 MB
+        blocks = (items[start : start + 64] for start in range(0, len(items), 64))
         results = itertools.chain.from_iterable(pool.map(function, block) for block in blocks)
         return list(tqdm(results, total=len(items), delay=2, leave=False, disable=hidden, **progress))
 

@@ -61,13 +61,15 @@ def command():
 
 @pytest.fixture
 def user_error(command, capsys):
-    """Runs a command that must end in one line on standard error and exit code 2; returns the line."""
+    """Runs a command that must end in one line on standard error and exit code 2; returns the line. Its attribute
+    printed is then what the command wrote to standard output."""
 
     def run(main, *arguments):
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit:
             command(main, *arguments)
-        lines = capsys.readouterr().err.strip().splitlines()
+        run.printed, error = capsys.readouterr()
+        lines = error.strip().splitlines()
         assert exit.value.code == 2
         assert len(lines) == 1, lines
         return lines[0]

@@ -142,19 +142,15 @@ def test_verify(place, locked, command, user_error, capsys):
     (locked / "lock_50_horiz.json").unlink()
     (locked / "mixandcat").mkdir()
     (locked / "mixandcat" / "test.sha256").touch()
-    with pytest.raises(SystemExit):
-        command(lock.main, "--verify", locked)
-    out, error = capsys.readouterr()
-    assert "not as they were locked: 3, see above" in error
+    assert "not as they were locked: 3, see above" in user_error(lock.main, "--verify", locked)
     for suffix in ("50_horiz", "mixandcat"):
-        assert f"{locked}/lock_{suffix}.json: absent, so the files of its lock cannot be checked" in out
+        absent = f"{locked}/lock_{suffix}.json: absent, so the files of its lock cannot be checked"
+        assert absent in user_error.printed
     part = (place / "lock_basic.json").read_text()[:100]
     for damaged, what in {"{}": "not a manifest of lock.py", part: "not JSON, or damaged"}.items():
         (locked / "lock_basic.json").write_text(damaged)
-        with pytest.raises(SystemExit):
-            command(lock.main, "--verify", locked)
-        out, error = capsys.readouterr()
-        assert f"lock_basic.json: {what}" in out and "not as they were locked: 3, see above" in error
+        assert "not as they were locked: 3, see above" in user_error(lock.main, "--verify", locked)
+        assert f"lock_basic.json: {what}" in user_error.printed
     for path in locked.glob("lock_*.json"):
         path.unlink()
     assert "not as they were locked: 3, see above" in user_error(lock.main, "--verify", locked)
@@ -170,7 +166,7 @@ def test_verify(place, locked, command, user_error, capsys):
         assert "holds no lock_*.json; name a folder that" in user_error(lock.main, "--verify", folder)
 
 
-def test_verify_names_a_file_that_the_disk_cannot_read_and_goes_on(locked, command, monkeypatch, capsys):
+def test_verify_names_a_file_that_the_disk_cannot_read_and_goes_on(locked, user_error, monkeypatch):
     read = Path.read_bytes
 
     def failing(path):
@@ -180,11 +176,9 @@ def test_verify_names_a_file_that_the_disk_cannot_read_and_goes_on(locked, comma
 
     monkeypatch.setattr(Path, "read_bytes", failing)
     (locked / "test_label_basic").unlink()
-    with pytest.raises(SystemExit):
-        command(lock.main, "--verify", locked)
-    out, error = capsys.readouterr()
-    assert "not as they were locked: 2, see above" in error
-    assert f"{os.strerror(errno.EIO)}: '{locked / 'train_image_basic'}'" in out and "test_label_basic: no such" in out
+    assert "not as they were locked: 2, see above" in user_error(lock.main, "--verify", locked)
+    assert f"{os.strerror(errno.EIO)}: '{locked / 'train_image_basic'}'" in user_error.printed
+    assert "test_label_basic: no such" in user_error.printed
 
 
 @pytest.mark.parametrize(
@@ -206,19 +200,17 @@ def test_verify_names_a_file_that_the_disk_cannot_read_and_goes_on(locked, comma
         lambda manifest: manifest["settings"].update(dataset="a\nb"),
     ],
 )
-def test_a_manifest_that_no_lock_writes(locked, command, capsys, change):
+def test_a_manifest_that_no_lock_writes(locked, user_error, change):
     """Among them what would make --verify read other files, or print what it did not find out."""
     (locked.parent / "secret").write_text("secret")
     manifest = manifest_of(locked)
     change(manifest)
     (locked / "lock_basic.json").write_text(json.dumps(manifest))
-    with pytest.raises(SystemExit):
-        command(lock.main, "--verify", locked)
-    out, error = capsys.readouterr()
-    assert "lock_basic.json: not a manifest of lock.py" in out and "not as they were locked: 1, see above" in error
+    assert "not as they were locked: 1, see above" in user_error(lock.main, "--verify", locked)
+    assert "lock_basic.json: not a manifest of lock.py" in user_error.printed
 
 
-def test_verify_names_what_does_not_belong_there(place, locked, command, user_error, capsys):
+def test_verify_names_what_does_not_belong_there(place, locked, command, user_error):
     command(lock.main, *lock_flags(place, locked), "--format", "png")
     (locked / "basic" / ".DS_Store").touch()  # macOS leaves it behind where somebody looked
     (locked / "train" / "0").mkdir(parents=True)
@@ -231,13 +223,9 @@ def test_verify_names_what_does_not_belong_there(place, locked, command, user_er
     for path, make in wrong.items():
         command(lock.main, "--verify", locked)
         make(path)
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            command(lock.main, "--verify", locked)
-        out, err = capsys.readouterr()
-        assert exit.value.code == 2 and len(err.strip().splitlines()) == 1
-        assert utils.printable(path) in out and "not as they were locked: 1, see above" in err
-        assert "take it away" in out and "--overwrite" not in out  # which would lock all again
+        assert "not as they were locked: 1, see above" in user_error(lock.main, "--verify", locked)
+        assert utils.printable(path) in user_error.printed and "take it away" in user_error.printed
+        assert "--overwrite" not in user_error.printed  # which would lock all again
         path.unlink()
     (locked / "basic" / "test" / "Thumbs.db").touch()
     line = user_error(lock.main, *lock_flags(place, locked), "--format", "png")
