@@ -287,7 +287,7 @@ def verify(folder):
     locks, wrong = lockfiles.locks_in(folder), 0
     interrupted = sorted(Path(folder).glob(".lock_*"))
     for path in interrupted:
-        print(f"{path}: an interrupted lock; the command that began it finishes it")
+        print(f"{utils.printable(path)}: an interrupted lock; the command that began it finishes it")
     for paths in lockfiles.locks_without_manifest(folder):
         wrong += 1
         print(f"{paths.manifest}: absent, so the files of its lock cannot be checked; get it, or take them away")

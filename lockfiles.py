@@ -152,6 +152,8 @@ MANIFEST = {
         "classes": lambda value: isinstance(value, list) and all(is_text(name) and is_plain(name) for name in value),
         "subset": lambda value: value is None or (isinstance(value, int) and value > 0),
         "original_sha256": {split: {"images": is_text, "labels": is_text} for split in SPLITS},
+        **dict.fromkeys(("arch", "base_sha256"), is_text),
+        **dict.fromkeys(("eps", "attack_steps"), is_number),
     },
     "report": {split: REPORT for split in SPLITS},
     "files": is_dict_of(is_text, lambda entry: isinstance(entry, dict) and is_text(entry.get("sha256"))),

@@ -307,7 +307,8 @@ def stage(paths, splits, locked, formats, key):
             sums = lockfiles.write_tree(staged.tree / split, original._replace(images=locked[split]))
             lines = "".join(f"{expected}  {split}/{name}\n" for name, expected in sums.items())
             put(staged.sums(split), lines.encode(), shape=list(locked[split].shape))
-    utils.sync_disks()
+    if "png" in formats:  # write_file has brought the others to the disk
+        utils.sync_disks()
     return files
 
 

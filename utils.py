@@ -305,13 +305,13 @@ def exclusive(folder):
     The operating system lets go of it when the process ends, however it ends.
     """
     make_folder(folder)
-    lock = FileLock(Path(folder, ".lock"))
+    lock = FileLock(Path(folder, ".lock"), fallback_to_soft=False)  # a soft one would outlive a process that is killed
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise UserError(f"{folder}: another process is writing there; wait for it, or name another folder") from error
-    except (NotImplementedError, OSError) as error:
-        if getattr(error, "errno", None) not in (None, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP):
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP):
             raise
         # some network file systems
         print(f"{folder}: its file system cannot keep two processes apart; take care that only one writes there")

@@ -217,7 +217,7 @@ def table(groups):
         cells += [mean_std([result[key] for result in group]) for key in ("orig_acc", "max_orig_acc", "locked_acc")]
         cells.append(control_accuracies(first, groups))
         cells.append(f"{paper[0]:.2f} / {paper[1]:.2f}" if paper else "")
-        lines.append(f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |")
+        lines.append(f"| {' | '.join(utils.printable(cell).replace('|', '/') for cell in cells)} |")
     return "\n".join(lines)
 
 

@@ -36,9 +36,10 @@ from utils import UserError
 def checkpoint(tmp_path):
     """Writes a checkpoint as robustness.train.train_model does, and returns the model and the path."""
 
-    def save(arch="preresnet8", dataset="cifar", lr=0.1, **options):
+    def save(arch="preresnet8", dataset="cifar", options={}, **hyper_parameters):
         model = nn.DataParallel(attacker_model(arch, dataset))
-        optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        optimizer.param_groups[0].update(hyper_parameters)
         state = {
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
@@ -63,7 +64,7 @@ def test_an_architecture_of_robustness_tells_as_many_classes_apart_as_asked(arch
 @pytest.mark.parametrize("arch", ["resnet18", "preresnet8", "vgg11"])
 @pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}], ids=["today", "torch 1.1"])
 def test_robustness_checkpoint(checkpoint, arch, options):
-    model, path = checkpoint(arch, **options)
+    model, path = checkpoint(arch, options=options)
     images = torch.rand(2, 3, 32, 32)
     expected, _ = model(images)  # AttackerModel normalises, and returns its input too
     assert torch.equal(load_classifier(path, arch, "cifar")(images), expected)
@@ -71,8 +72,20 @@ def test_robustness_checkpoint(checkpoint, arch, options):
 
 def test_numpy_numbers_in_a_checkpoint(checkpoint):
     """robustness' cyclic and linear schedules compute the learning rate with numpy."""
-    _, path = checkpoint(lr=np.float64(0.1))
-    assert read_checkpoint(path)["optimizer"]["param_groups"][0]["lr"] == 0.1
+    _, path = checkpoint(lr=np.float64(0.1), momentum=np.float32(0.5), last=np.int64(3))
+    group = read_checkpoint(path)["optimizer"]["param_groups"][0]
+    assert [(type(group[name]), group[name]) for name in ("lr", "momentum", "last")] == [
+        (float, 0.1), (float, 0.5), (int, 3),
+    ]  # fmt: skip
+
+
+def test_a_checkpoint_makes_no_numpy_object(checkpoint):
+    """With a dtype of his own, the author of a file could have numpy follow pointers that he made up."""
+    _, path = checkpoint(lr=np.dtype([("pointer", "O")]))
+    assert not isinstance(read_checkpoint(path)["optimizer"]["param_groups"][0]["lr"], np.dtype)
+    _, path = checkpoint(lr=np.array([1.5]))
+    with pytest.raises(UserError, match="not a checkpoint of robustness, or damaged"):
+        read_checkpoint(path)
 
 
 def test_checkpoint_saved_on_a_gpu(checkpoint, monkeypatch):

@@ -50,7 +50,7 @@ def results(tmp_path):
         {"seed": 1, "orig_acc": 30.0},
         {"lock_method": "horiz", "alpha": 0.3},
         {"name": "jpeg10"},
-        {"name": "a$x_{|$"},
+        {"name": "a$x_\n{|$"},
         {"dataset": "digits"},
         {"config": {"epochs": 2, "seed": 0, "batch_size": 8}},
         {"config": {"epochs": 2, "seed": 0, "locked_train_image": "other"}},
@@ -100,7 +100,7 @@ def test_the_table_puts_seeds_together_beside_the_papers_numbers(results, comman
         "| cifar10 | vgg19 | basic | plain | resnet50 0123456, eps 0.5, 9 steps, 50000 images | 2 | 1 | 28.00 | 29.00 "
         "| 93.00 |  | 28.77 / 93.58 |",
         "| cifar10 | vgg19 | basic | jpeg10 | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 | 28.00 / 93.00 |  |",
-        "| cifar10 | vgg19 | basic | a$x_{/$ | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 | 28.00 / 93.00 |  |",
+        "| cifar10 | vgg19 | basic | a$x_ {/$ | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 | 28.00 / 93.00 |  |",
         "| cifar10 | vgg19 | horiz alpha 0.3 | plain | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 "
         "| 28.00 / 93.00 |  |",
         "| digits | vgg19 | basic | plain | no manifest | 2 | 1 | 28.00 | 29.00 | 93.00 |  |  |",

@@ -5,6 +5,7 @@ import io
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -195,6 +196,20 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(FileLock, "acquire", fail)
         with pytest.raises(OSError) if wrong else nullcontext(), exclusive(tmp_path):
             assert "cannot keep two processes apart" in capsys.readouterr().out
+
+
+def test_a_lock_outlives_no_process_where_files_cannot_be_locked(tmp_path, monkeypatch, capsys):
+    """As on some parallel file systems: a marker file that a killed process left would stop all later ones."""
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOSYS, "Function not implemented")))
+    for _ in range(2):
+        with exclusive(tmp_path):
+            shutil.copytree(tmp_path, tmp_path.with_name("killed"), dirs_exist_ok=True)
+            assert "cannot keep two processes apart" in capsys.readouterr().out
+    (tmp_path.with_name("killed") / "of").write_text("another machine")
+    monkeypatch.setattr(socket, "gethostname", lambda: "another")
+    with exclusive(tmp_path.with_name("killed")):
+        pass
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
