@@ -32,8 +32,8 @@ def random_rotation(images, degrees):
     """
     n, _, height, width = images.shape
     angles = torch.empty(n, device=images.device).uniform_(-degrees, degrees).deg2rad()
-    cos, sin, none = angles.cos(), angles.sin(), torch.zeros_like(angles)
-    rows = torch.stack([cos, -sin * height / width, none], 1), torch.stack([sin * width / height, cos, none], 1)
+    cos, sin, zero = angles.cos(), angles.sin(), torch.zeros_like(angles)
+    rows = torch.stack([cos, -sin * height / width, zero], 1), torch.stack([sin * width / height, cos, zero], 1)
     grid = F.affine_grid(torch.stack(rows, 1), images.shape, align_corners=False)
     return F.grid_sample(images, grid, mode="nearest", align_corners=False)
 

@@ -88,7 +88,8 @@ KEYS = {
     "lr_scheduler.lower_bound": Key(-6.0, "HTD: where on the tanh it starts"),
     "lr_scheduler.upper_bound": Key(3.0, "HTD: where on the tanh it ends"),
 }
-CONFIG = nest({name: key.default for name, key in KEYS.items()})
+DEFAULTS = {name: key.default for name, key in KEYS.items()}
+CONFIG = nest(DEFAULTS)
 # A run may be resumed with other values of these keys: the data are compared themselves, not by their paths.
 FREE_ON_RESUME = {"eval_freq", "test_batch", "use_gpu", "compile", "workers", "input_size"}
 FREE_ON_RESUME |= {key for key in CONFIG if key.startswith(("locked_", "orig_data", "ckpt_"))}
@@ -103,7 +104,7 @@ def changes(before, config):
     """
     free_if = {"epochs": config.lr_scheduler.type == "STEP", "precision": config.precision == "auto"}
     free = FREE_ON_RESUME | {key for key, may in free_if.items() if may}
-    before = flatten(CONFIG) | before
+    before = DEFAULTS | before
     return {key: (before[key], now) for key, now in flatten(config).items() if key not in free and before[key] != now}
 
 
@@ -139,7 +140,7 @@ def load_config(path, overrides):
     where = {key: f"{path}: {key}" for key in [*KEYS, *given]}
     for key, text in overrides.items():
         given[key], where[key] = parse_flag(text, type(KEYS[key].default)), f"--{key}"
-    values = flatten(CONFIG)
+    values = dict(DEFAULTS)
     for key, value in given.items():
         if isinstance(CONFIG.get(key), dict):
             raise UserError(f"{where[key]}: expected keys below it, like {', '.join(CONFIG[key])}")
@@ -193,7 +194,7 @@ def convert(value, kind, where):
 
 
 def check_values(config, where):
-    """Raise UserError where a value of the config is not one that it can have; where says, by key, how to name it."""
+    """Raise UserError where a value of the config is not one that it can have; where says how to name each."""
     for name, value in flatten(config).items():
         key = KEYS[name]
         if key.choices:

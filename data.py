@@ -15,9 +15,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets import CIFAR10
 
-from utils import UserError, first_line, in_threads, naming, telling_damage
+from utils import UserError, in_threads, naming, telling_damage
 
 SPLITS = ("train", "test")
 
@@ -89,17 +89,18 @@ def load_folder(root, split, count=None):
     So the first images of a split, which --subset takes, are of every class; no others are read then. Raises UserError
     naming the file or folder where one cannot be used.
     """
-    folder = Path(root, split)
-    files, train_files = list_images(folder), list_images(Path(root, "train"))
-    for one, other in ((files, train_files), (train_files, files)):
-        lacking = sorted(set(other.classes) - set(one.classes))
+    folder, train = Path(root, split), Path(root, "train")
+    found = {path: list_images(path) for path in dict.fromkeys((folder, train))}
+    for one, other in ((folder, train), (train, folder)):
+        lacking = sorted(set(found[other][0]) - set(found[one][0]))
         if lacking:
-            raise UserError(f"{one.root}: lacks the classes {', '.join(lacking)}, which {other.root} has")
-    first = train_files.samples[0][0]
+            raise UserError(f"{one}: lacks the classes {', '.join(lacking)}, which {other} has")
+    classes, samples = found[folder]
+    first, _ = found[train][1][0]
     size = read_image(first).shape
     if min(size[1:]) < 8:
         raise UserError(f"{first}: {size[2]}x{size[1]} pixels are too few; take images of at least 8x8")
-    samples = by_turns(files.samples, folder)[:count]
+    samples = by_turns(samples, folder)[:count]
     try:
         images = torch.empty(len(samples), *size, dtype=torch.uint8)
     except RuntimeError as error:
@@ -121,8 +122,8 @@ def load_folder(root, split, count=None):
     if colon:
         raise UserError(f"{folder}: {colon} has a colon in its name, which Windows does not take; rename it")
     # to macOS and Windows, a capital is a small letter, and to macOS an accent with or in its letter the same
-    check_names(names, files.classes, folder, fold=lambda name: unicodedata.normalize("NFC", name).lower())
-    return Split(images, torch.tensor(labels), files.classes, list(names))
+    check_names(names, classes, folder, fold=lambda name: unicodedata.normalize("NFC", name).lower())
+    return Split(images, torch.tensor(labels), classes, list(names))
 
 
 def by_turns(samples, folder):
@@ -132,13 +133,10 @@ def by_turns(samples, folder):
     The name is that of the PNG file that it will be; samples are sorted by it, so that a folder of these files is read
     in the order of its originals.
     """
-    found = []
-    for path, label in samples:
-        name = Path(path).relative_to(folder).with_suffix(".png")
-        found.append((label, name.parent.as_posix(), name.name, path))
-    classes = [list(group) for _, group in itertools.groupby(sorted(found), key=lambda sample: sample[0])]
-    turns = itertools.chain(*itertools.zip_longest(*classes))
-    return [(path, label, f"{parent}/{name}") for label, parent, name, path in filter(None, turns)]
+    named = [(path, label, Path(path).relative_to(folder).with_suffix(".png").as_posix()) for path, label in samples]
+    named.sort(key=lambda sample: (sample[1], os.path.split(sample[2])))
+    classes = [list(group) for _, group in itertools.groupby(named, key=lambda sample: sample[1])]
+    return [*filter(None, itertools.chain(*itertools.zip_longest(*classes)))]
 
 
 def is_plain(name):
@@ -164,44 +162,41 @@ def check_names(names, classes, where, fold=str):
         raise UserError(f"{where}: two images or folders would be named {twice}, capitals aside; rename one")
 
 
-class VisibleFolder(ImageFolder):
-    """torchvision's ImageFolder, but a hidden folder, such as Jupyter's .ipynb_checkpoints, is not a class."""
-
-    def find_classes(self, directory):
-        classes = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
-        if not classes:
-            raise FileNotFoundError("all that it holds is hidden")
-        return classes, {name: index for index, name in enumerate(classes)}
+def visible(names):
+    """The names that are not hidden, as Jupyter's .ipynb_checkpoints is; sorted."""
+    return sorted(name for name in names if not name.startswith("."))
 
 
 def list_images(folder):
-    """An ImageFolder of PNG and JPEG; raises UserError for any other file that is not hidden, and OSError where a
-    folder cannot be read."""
+    """The classes that have a folder in this one, and (path, label) of each image below it, PNG or JPEG; both sorted.
 
-    def hidden(path):
-        return any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
+    Raises UserError for any other file that is not hidden, and OSError where a folder cannot be read.
+    """
 
-    def unreadable(error):
+    def unreadable(error):  # which os.walk would leave out
         raise error
-
-    def is_image(path):
-        if hidden(path):
-            return False
-        if Path(path).suffix.lower() not in (".png", ".jpg", ".jpeg"):
-            raise UserError(f"{path}: is neither PNG nor JPEG; convert it, or take it away")
-        return True
 
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; images go into {folder}/<class>/")
-    loose = next((path for path in folder.iterdir() if not (path.is_dir() or hidden(path))), None)
+    classes, samples = visible(os.listdir(folder)), []
+    loose = next((name for name in classes if not (folder / name).is_dir()), None)
     if loose:
-        raise UserError(f"{loose}: lies beside the folders of the classes; move it into one, or take it away")
-    for _, subfolders, _ in os.walk(folder, onerror=unreadable, followlinks=True):  # torchvision would leave it out
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-    try:
-        return VisibleFolder(str(folder), is_valid_file=is_image)
-    except FileNotFoundError as error:  # no class, or one without images
-        raise UserError(f"{folder}: expected a folder of images for each class; {first_line(error)}") from error
+        raise UserError(f"{folder / loose}: lies beside the folders of the classes; move it into one, or take it away")
+    for label, name in enumerate(classes):
+        for root, subfolders, files in os.walk(folder / name, onerror=unreadable, followlinks=True):
+            subfolders[:] = visible(subfolders)
+            samples += [(os.path.join(root, file), label) for file in visible(files)]
+    samples.sort(key=lambda sample: (sample[1], os.path.split(sample[0])))
+    other = next((path for path, _ in samples if not path.lower().endswith((".png", ".jpg", ".jpeg"))), None)
+    if other:
+        raise UserError(f"{other}: is neither PNG nor JPEG; convert it, or take it away")
+    expected = f"{folder}: expected a folder of images for each class"
+    if not classes:
+        raise UserError(f"{expected}; {'all that it holds is hidden' if any(folder.iterdir()) else 'it is empty'}")
+    empty = sorted(set(classes) - {classes[label] for _, label in samples})
+    if empty:
+        raise UserError(f"{expected}; there are none in {', '.join(empty)}")
+    return classes, samples
 
 
 @contextmanager

@@ -30,20 +30,19 @@ class Compiled:
 
     def __init__(self, function, batch_size, say=print, mode=None):
         self.function, self.batch_size, self.say, self.mode = function, batch_size, say, mode
-        self.compiled, self.worked, self.failed = None, False, False
+        self.compiled, self.failed = None, False
 
     def __call__(self, images, *args, **kwargs):
         if not self.failed and torch.is_grad_enabled() and len(images) == self.batch_size:
+            first = self.compiled is None
             try:  # torch.compile itself refuses a Python that is newer than it
                 self.compiled = self.compiled or torch.compile(self.function, dynamic=False, mode=self.mode)
-                outputs = self.compiled(images, *args, **kwargs)
-                self.worked = True
-                return outputs
+                return self.compiled(images, *args, **kwargs)
             except Exception as error:  # no C++ compiler, or one of many other reasons that need not stop the work
                 recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
                 if recording or memory_is_full(error):
                     raise
-                if self.mode and self.worked:
+                if self.mode and not first:
                     raise not_recorded(error) from error
                 reason = first_line(getattr(error, "inner_exception", error))
                 self.say(f"torch.compile failed ({reason}): going on without")

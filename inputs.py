@@ -24,24 +24,24 @@ def load_data(config):
     manifests = {split: manifest for split, (_, _, manifest) in locked.items()}
     data = {"train": locked["train"][:2], "locked": locked["test"][:2], "original": original[:2]}
     check_fit(data, config)
-    lacking = [config[f"locked_{split}_image"] for split, manifest in manifests.items() if not manifest]
+    lacking = [files[split][0] for split in SPLITS if not manifests[split]]
     if len(lacking) == 1:
         raise UserError(f"{lacking[0]}: has no manifest, but the files of the other split do; name those of one lock")
-    for split, manifest in manifests.items():
-        if manifest:
-            check_manifest(manifest, split, manifests["train"], original, config)
-    if manifests["test"]:
-        check_originals(original, "test", manifests["test"], config)
+    manifest = manifests["train"]
+    if manifest:
+        for split in SPLITS:
+            check_manifest(manifests[split], split, manifest, original, config)
+        check_originals(original, "test", manifest, config)
     if config.train_on == "original":
         part = DATASETS[config.dataset].load(config.orig_data_path, "train")
-        if manifests["train"]:
-            check_originals(part, "train", manifests["train"], config)
+        if manifest:
+            check_originals(part, "train", manifest, config)
         data["train"] = part.first(len(data["train"][0]))[:2]
     count = len(data["train"][1])
     if config.subset > count:
         raise UserError(f"subset is {config.subset}, but there are {count} images to train on; take at most as many")
     data["train"] = tuple(tensor[: config.subset or count] for tensor in data["train"])
-    return data, manifests["train"]
+    return data, manifest
 
 
 def check_fit(data, config):

@@ -313,6 +313,7 @@ def find_sealed(args, key):
     """The Paths and the manifest of the lock to unlock: of those named, if any, that the key has sealed, the one of the
     most images."""
     locks, named = lockfiles.locks_in(args.lock_data), suffixes_of(args).values()
+    fingerprint = sealing.fingerprint(key)
     manifests = {paths: lockfiles.read_manifest(paths) for paths in locks if not named or paths.suffix in named}
     sealed = {paths: manifest for paths, manifest in manifests.items() if manifest["sealed_with"]}
     if not sealed:
@@ -322,14 +323,14 @@ def find_sealed(args, key):
             remedy = f"name another of {', '.join(others)} by --lock-method, --alpha and --lambd, or {remedy}"
         which = f" {' or '.join(named)}" if named else ""
         raise UserError(f"--lock-data {args.lock_data}: holds no sealed lock{which}; {remedy}")
-    mine, keys = sealing.fingerprint(key), [manifest["sealed_with"] for manifest in sealed.values()]
-    if mine not in keys:
+    mine = [(paths, manifest) for paths, manifest in sealed.items() if manifest["sealed_with"] == fingerprint]
+    if not mine:
+        keys = ", ".join(manifest["sealed_with"] for manifest in sealed.values())
         raise UserError(
-            f"--key {args.key}: not the key that {args.lock_data} was sealed with: its fingerprint is {mine}, and "
-            f"sealed_with in the manifest is {', '.join(keys)}"
+            f"--key {args.key}: not the key that {args.lock_data} was sealed with: its fingerprint is {fingerprint}, "
+            f"and sealed_with in the manifest is {keys}"
         )
-    sealed = {paths: manifest for paths, manifest in sealed.items() if manifest["sealed_with"] == mine}
-    return max(sealed.items(), key=lambda item: item[1]["report"]["train"]["images"])  # a trial may lie beside it
+    return max(mine, key=lambda item: item[1]["report"]["train"]["images"])  # a trial may lie beside it
 
 
 def unlock(args):
@@ -349,7 +350,7 @@ def unlock(args):
 
 
 def write_originals(out, originals, formats):
-    """Write Splits in the formats to a new folder, or to one that an interrupted call had not got to fill."""
+    """Write Splits in the formats to a new folder, or to one to which an interrupted call had moved no file yet."""
     staging = out / ".unlocking"
     with utils.exclusive(out):
         if any(not path.name.startswith(".") for path in out.iterdir()):  # .lock, or what macOS leaves behind

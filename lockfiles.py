@@ -36,7 +36,8 @@ def parse_suffix(suffix):
     *percents, method = suffix.split("_")
     try:
         parameters = {name: float(part) / 100 for name, part in zip(parameters_of([method]), percents)}
-        return (method, parameters) if lock_suffix(method, **parameters) == suffix else None
+        possible = all(0 <= value <= 1 for value in parameters.values())
+        return (method, parameters) if possible and lock_suffix(method, **parameters) == suffix else None
     except (KeyError, ValueError):
         return None
 
@@ -171,7 +172,7 @@ def find_invalid(value, schema, where="it"):
     return next((invalid for invalid in found if invalid), None)
 
 
-# what to do about a file of a lock that is not as it was: who was only given the lock, and who can lock again
+# what to do about a damaged file: whoever was only given the lock, and whoever can lock again
 COPY, LOCK_AGAIN = "get it again from a copy", "or lock again with --overwrite"
 REMEDY = f"{COPY}, {LOCK_AGAIN}"
 

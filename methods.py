@@ -13,7 +13,7 @@ TARGET_MAPS = {
     "T3": (6, 2, 9, 1, 0, 7, 5, 3, 4, 8),
     "T4": (3, 9, 6, 1, 5, 8, 4, 7, 0, 2),
 }
-# What the methods can be given, as the paper has it, in the order in which a file's name gives it
+# The methods' parameters, as in the paper, in the order of a file's name
 PARAMETERS = {"alpha": 0.5, "lambd": 0.5}
 # The sides of a locked image, from left to right; each side is one attack, or a blend of two.
 METHODS = {

@@ -129,17 +129,12 @@ def summary(config, suffix, name, history):
     }
 
 
-def finish(folder, config, suffix, name, writers, about):
-    """Close a run: its row of hyper-parameters, its writers, and last its result.json; returns what that says.
-
-    about is what else it is to hold: the history and, by name, where it came from.
-    """
-    result = summary(config, suffix, name, about["history"])
-    add_hparams(writers["run"], config, result)
+def finish(folder, result, writers):
+    """Close a run: its row of hyper-parameters, its writers, and last its result.json."""
+    add_hparams(writers["run"], result)
     for writer in writers.values():
         writer.close()
-    write_file(folder / "result.json", json.dumps({**result, "config": config, **about}, indent=1).encode())
-    return result
+    write_file(folder / "result.json", json.dumps(result, indent=1).encode())
 
 
 def outcome(result):
@@ -162,9 +157,9 @@ def finished_outcome(path, config, data_hash):
         return None
 
 
-def add_hparams(writer, config, result):
+def add_hparams(writer, result):
     """Write the config and the final accuracies to TensorBoard's table of hyper-parameters."""
-    values = {key: value for key, value in flatten(config).items() if key not in FREE_ON_RESUME}
+    values = {key: value for key, value in flatten(result["config"]).items() if key not in FREE_ON_RESUME}
     values |= {"lock_method": result["lock_method"], "name": result["name"]}
     # printable: a path that is no UTF-8 cannot be in an event file
     values = {key: printable(value) if isinstance(value, (str, list)) else value for key, value in values.items()}

@@ -37,7 +37,7 @@ def read_key(path):
 
 
 def make_key(path):
-    """The key in a file, which is written with a new one, readable for its owner alone, if it does not exist."""
+    """The key in a file; one that does not exist is written first, with a new key, for its owner alone to read."""
     try:
         # exclusively, since another process may be making it too: what it seals with must be what the file holds
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)

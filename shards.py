@@ -40,7 +40,7 @@ CHOICES = {
 
 
 def asked_settings(method, classes, hashes, maps, base_sha256, args):
-    """All that decides what a lock is, but for those of the CHOICES that no flag makes; hashes are of hash_originals.
+    """What decides what a lock is; of the CHOICES, only those made by a flag. hashes are of hash_originals.
 
     With all CHOICES, locks of the same settings are the same on the same kind of processor, with the same versions and
     threads. (compile says what was asked for: where torch.compile failed, the lock was made without.)

@@ -266,9 +266,9 @@ def settle_auto(config, model, begun_in, count):
     begun_in is the precision of the epochs before, if any; count is the number of images in an epoch.
     """
     device, adversarial = next(model.parameters()).device, config.adversarial
-    passes = adversarial.attack_steps + 2 if adversarial.eps > 0 else 1  # of each image in an epoch
+    per_image = adversarial.attack_steps + 2 if adversarial.eps > 0 else 1  # passes in an epoch
     config.precision, why = utils.pick_precision(config.precision, device, model, begun_in)
-    config.compile = utils.pick_compile(config.compile, device.type == "cuda", config.epochs * count * passes)
+    config.compile = utils.pick_compile(config.compile, device.type == "cuda", config.epochs * count * per_image)
     return why
 
 
@@ -362,8 +362,9 @@ def run(args, config, data, manifest, folder, suffix):
             record = run_epoch(learner, step, data, epoch, config, writers, log)
             history += [record] if record else []
             keep(epoch)
-    about = {"data_sha256": data_hash, "made_with": made_with, "history": history, "lock": manifest}
-    result = runs.finish(folder, config, suffix, args.name, writers, about)
+    result = runs.summary(config, suffix, args.name, history) | {"config": config, "data_sha256": data_hash}
+    result |= {"made_with": made_with, "history": history, "lock": manifest}
+    runs.finish(folder, result, writers)
     log(f"pictures (originals, locked, ten times the difference): {picture}")
     log(f"curves: tensorboard --logdir {shlex.quote(Path(args.work_path).as_posix())}")
     log(runs.outcome(result))

@@ -256,8 +256,8 @@ def sync_folder(path):
 def in_threads(function, items, **progress):
     """function of each of a sequence of items, as a list in their order, by as many threads as torch has.
 
-    Where it takes long, a progress bar of tqdm's options progress is shown, of torchrun's processes by the first. (What
-    torch shares out among threads of its own is not for the function: each of these would have as many.)
+    Where it takes long, a progress bar of tqdm's options progress is shown, of torchrun's processes by the first.
+    (The function should call nothing that torch runs in threads: each of these would start as many more.)
     """
     hidden = None if is_first() else True  # None: where the output is no terminal
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:

@@ -24,11 +24,12 @@ def panels_of(groups):
     for group in groups:
         first = group[0]
         if kind_of(group) not in used:
-            name = ("{architecture} on {dataset}, {label}".format(**first), first["lock_name"], first["epochs"])
-            panels.setdefault((name, json.dumps(first["training"])), []).append(group)
-    trainings = [members[0][0]["training"] for members in panels.values()]
-    differences = tell_apart([name for name, _ in panels], trainings)
-    for (((model, lock, _), _), members), difference in zip(panels.items(), differences):
+            model = "{architecture} on {dataset}, {label}".format(**first)
+            key = model, first["lock_name"], first["epochs"], json.dumps(first["training"])
+            panels.setdefault(key, []).append(group)
+    names = [key[:3] for key in panels]
+    differences = tell_apart(names, [members[0][0]["training"] for members in panels.values()])
+    for (model, lock, _), members, difference in zip(names, panels.values(), differences):
         title = "\n".join(wrap(", ".join(filter(None, [model, difference])), 52))
         yield f"{title}\nlock: {lock}", members
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import utils
-from config import CONFIG, FREE_ON_RESUME
+from config import DEFAULTS, FREE_ON_RESUME
 from data import canonical_name
 from experiments.variants import VARIANTS
 from methods import METHODS, PARAMETERS
@@ -104,13 +104,12 @@ def settings_of(result):
     """What makes a run another one, but for the seed, as a flat dict: the keys of its config that are not as by
     default, and the settings of its lock. Of a lock without a manifest, its path and the hash of all data are known."""
     free = FREE_ON_RESUME - {"eval_freq"}  # the largest accuracy on the way is one of so many
-    defaults = flatten(CONFIG)
     config = {
         key: value
         for key, value in flatten(result["config"]).items()
         if key not in ("seed", "dataset")  # cifar and cifar10 are one
         if key not in free or (key == "locked_train_image" and not result["lock"])
-        if value != defaults.get(key)  # a run that is older than a key has none
+        if value != DEFAULTS.get(key)  # a run that is older than a key has none
     }
     if result["lock"]:
         return config | flatten({"lock": result["lock"]["settings"]})
@@ -120,20 +119,12 @@ def settings_of(result):
 def training_of(result):
     """What a training was, but for its lock, seed and precision. Of the AUGMENTATIONS it has only those that are on."""
     free = FREE_ON_RESUME | {"seed", "precision", *AUGMENTATIONS, *itertools.chain(*AUGMENTATIONS.values())}
-    config, lock = flatten(CONFIG) | flatten(result["config"]), result["lock"]
+    config, lock = DEFAULTS | flatten(result["config"]), result["lock"]
     training = {key: value for key, value in config.items() if key not in free} | {"dataset": result["dataset"]}
     training |= {key: [config[how] for how in keys] for key, keys in AUGMENTATIONS.items() if config[key]}
     if lock:
         return training | flatten({"original_sha256": lock["settings"]["original_sha256"]["train"]})
     return training | {"orig_data_path": config["orig_data_path"]}
-
-
-def split_training(result):
-    """The training of a result in two: without its AUGMENTATIONS, and these."""
-    parts = {}, {}
-    for key, value in result["training"].items():
-        parts[key in AUGMENTATIONS][key] = value
-    return parts
 
 
 def tell_apart(names, settings):
@@ -225,19 +216,18 @@ def control_of(result, groups):
     """The group that was trained as a result was, but on original images, perhaps without its AUGMENTATIONS; None where
     there is no such group, or where the result is a control itself. Of several, the first by what counts most: that it
     was tested on the same lock, has the same AUGMENTATIONS, the same precision."""
-    training, augmentations = split_training(result)
-    wanted = training | VARIANTS["control"]
-    if wanted == training:  # it is a control itself
+    wanted = result["training"] | VARIANTS["control"]
+    if wanted == result["training"]:  # it is a control itself
         return None
 
     def is_control(other):
-        others, its = split_training(other)
-        return others == wanted and its.items() <= augmentations.items()
+        lacking = wanted.keys() - other["training"].keys()
+        return other["training"].items() <= wanted.items() and lacking <= AUGMENTATIONS.keys()
 
     def likeness(group):
         other = group[0]
         same_precision = other["config"].get("precision") == result["config"].get("precision")
-        return same_lock(other, result), split_training(other)[1] == augmentations, same_precision
+        return same_lock(other, result), other["training"] == wanted, same_precision
 
     return max((group for group in groups if is_control(group[0])), key=likeness, default=None)
 

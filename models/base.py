@@ -275,9 +275,8 @@ def import_robustness():
         warnings.simplefilter("ignore", SyntaxWarning)
         warnings.filterwarnings("ignore", message="Could not import amp")
         from robustness import defaults, main  # here: it reads the data sets' names as it is imported
-    own = {"digits": {"epochs": 20, "batch_size": 64, "weight_decay": 5e-4, "step_lr": 8}}
-    for name in DATASETS:
-        defaults.TRAINING_DEFAULTS[name] = own.get(name, defaults.TRAINING_DEFAULTS[robustness_datasets.CIFAR])
+    defaults.TRAINING_DEFAULTS |= dict.fromkeys(DATASETS, defaults.TRAINING_DEFAULTS[robustness_datasets.CIFAR])
+    defaults.TRAINING_DEFAULTS["digits"] = {"epochs": 20, "batch_size": 64, "weight_decay": 5e-4, "step_lr": 8}
     return main
 
 

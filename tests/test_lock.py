@@ -95,7 +95,10 @@ def test_suffix(method, alpha, lambd, suffix, parameters):
     assert lockfiles.parse_suffix(suffix) == (method, parameters)
 
 
-@pytest.mark.parametrize("suffix", ["old_basic", "50_30_20_mixup", "1e400_mixup", "050_horiz", "mixup", "x", ""])
+@pytest.mark.parametrize(
+    "suffix",
+    ["old_basic", "50_30_20_mixup", "1e400_mixup", "050_horiz", "mixup", "x", "", "101_mixup", "-5_horiz", "nan_mixup"],
+)
 def test_a_suffix_that_no_lock_has(suffix):
     assert lockfiles.parse_suffix(suffix) is None
 

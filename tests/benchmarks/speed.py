@@ -8,16 +8,18 @@ What is printed is Markdown, so that a file of it is the record of a run.
 The authors' way is robustness' AttackerModel in float32, attacking once for every attack of every method, and, for
 training, PIL transforms in loader workers, float32, images in torch's default memory format; on a GPU with TF32 in
 convolutions, which is torch's default. Ours is in the precision that auto picks, and compiled on a GPU only. Both ways
-get random images and untrained models, by turns, and the best of several rounds counts; what the first call takes
-longer, compiling, is told apart. What the whole of the work would take follows from that: to attack the 60,000 images
-of CIFAR-10 in 100 steps, the first call included, or an epoch of 50,000, without evaluations and checkpoints, by either
-way. On a CPU only little of it is timed: of an attack one step, which tells nothing of 100.
+get random images and untrained models, by turns, and the best of several rounds counts (of the authors' way once for
+all lines that compare with the same); what the first call takes longer, compiling, is told apart. What the whole of the
+work would take follows from that: to attack the 60,000 images of CIFAR-10 in 100 steps, the first call included, or an
+epoch of 50,000, without evaluations and checkpoints, by either way. On a CPU only little of it is timed: of an attack
+one step, which tells nothing of 100.
 
 Small models leave a GPU mostly idle, so they are also trained several at once, a process for each, as
 python -m experiments --jobs does it. Processes take turns on a GPU unless NVIDIA's MPS lets them share it.
 """
 
 import io
+import math
 import os
 import platform
 import shlex
@@ -358,18 +360,25 @@ def seconds(function, device):
     return time.perf_counter() - begun
 
 
-def measure(work, device, rounds):
-    """Seconds: the best of the reference and of ours, each for one time, and what our first call took longer."""
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
-        work.reference()  # to warm up
-    first = seconds(work.ours, device)
-    pairs = []
-    for _ in range(rounds):
+def measure(work, device, rounds, references):
+    """Seconds: the best of the reference and of ours, each for one time, and what our first call took longer.
+
+    references has the best of those that were timed before, for other lines, and gets this one's.
+    """
+
+    def reference():
         with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True):
-            reference = seconds(work.reference, device)
-        pairs.append((reference, seconds(work.ours, device)))
-    reference, ours = (min(times) for times in zip(*pairs))
-    return reference / work.reference_count, ours / work.count, first - ours
+            return seconds(work.reference, device)
+
+    known = work.reference in references
+    if not known:
+        reference()  # to warm up
+    first, ours = seconds(work.ours, device), []
+    for _ in range(rounds):
+        if not known:
+            references[work.reference] = min(reference(), references.get(work.reference, math.inf))
+        ours.append(seconds(work.ours, device))
+    return references[work.reference] / work.reference_count, min(ours) / work.count, first - min(ours)
 
 
 def duration(seconds):
@@ -378,8 +387,9 @@ def duration(seconds):
     return f"{seconds / length:.1f} {unit}"
 
 
-def profile(function, device):
-    """The 15 operations or, on a GPU, kernels that a call spends most of its time in, as lines.
+def profile(function, device, usual):
+    """The 15 operations or, on a GPU, kernels that a call spends most of its time in, as lines; above them how long all
+    take together, beside the seconds that a call takes as usual: what a GPU waits is the rest of these.
 
     Without any, there are no lines: those of other processes are not seen.
     """
@@ -394,6 +404,8 @@ def profile(function, device):
     ]
     events.sort(key=lambda event: getattr(event, kind), reverse=True)
     total = sum(getattr(event, kind) for event in events)
+    if events:
+        yield f"{total / 1e3:.2f} ms in all; unprofiled, a call takes {1e3 * usual:.2f} ms"
     for event in events[:15]:
         time = getattr(event, kind)
         yield f"{time / total:6.1%} {time / 1e3:10.2f} ms {event.count:6} times  {event.key[:90]}"
@@ -441,11 +453,11 @@ def main():
     columns = "work, for one image", "the authors' way, ms", "ours, ms", "ratio", "of peak FLOP/s"
     columns += "of peak bandwidth", "first call, s", "the whole, the authors' way", "the whole, ours"
     print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    profiles, compiling = {}, 0
+    profiles, references, compiling = {}, {}, 0
     for work in tqdm(works, leave=False, disable=None):
         if not any(word in work.name for word in args.words):
             continue
-        reference, ours, first = measure(work, device, size.rounds)
+        reference, ours, first = measure(work, device, size.rounds, references)
         shares = " | ".join(f"{cost / ours / rate:.0%}" for cost, rate in zip(work.cost, rates))
         times = f"{1e3 * reference:.3g} | {1e3 * ours:.3g} | {reference / ours:.1f}x"
         once = 0  # the first of many epochs pays for all
@@ -455,7 +467,7 @@ def main():
         if work.whole == LOCK and size.steps == 1:
             whole = "", ""
         print(f"| {work.name} | {times} | {shares} | {first:.1f} | {' | '.join(whole)} |", flush=True)
-        profiles[work.name] = list(profile(work.ours, device)) if args.profile else []
+        profiles[work.name] = list(profile(work.ours, device, ours * work.count)) if args.profile else []
     for name, lines in profiles.items():
         if lines:
             print(f"\n{name}:\n\n```", *lines, "```", sep="\n")
