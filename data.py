@@ -90,13 +90,13 @@ def load_folder(root, split, count=None):
     naming the file or folder where one cannot be used.
     """
     folder, train = Path(root, split), Path(root, "train")
-    found = {path: list_images(path) for path in dict.fromkeys((folder, train))}
+    listed = {path: list_images(path) for path in dict.fromkeys((folder, train))}
     for one, other in ((folder, train), (train, folder)):
-        lacking = sorted(set(found[other][0]) - set(found[one][0]))
+        lacking = sorted(set(listed[other][0]) - set(listed[one][0]))
         if lacking:
             raise UserError(f"{one}: lacks the classes {', '.join(lacking)}, which {other} has")
-    classes, samples = found[folder]
-    first, _ = found[train][1][0]
+    classes, samples = listed[folder]
+    first, _ = listed[train][1][0]
     size = read_image(first).shape
     if min(size[1:]) < 8:
         raise UserError(f"{first}: {size[2]}x{size[1]} pixels are too few; take images of at least 8x8")
@@ -163,8 +163,8 @@ def check_names(names, classes, where, fold=str):
 
 
 def visible(names):
-    """The names that are not hidden, as Jupyter's .ipynb_checkpoints is; sorted."""
-    return sorted(name for name in names if not name.startswith("."))
+    """The names that are not hidden, as Jupyter's .ipynb_checkpoints is."""
+    return [name for name in names if not name.startswith(".")]
 
 
 def list_images(folder):
@@ -178,7 +178,7 @@ def list_images(folder):
 
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; images go into {folder}/<class>/")
-    classes, samples = visible(os.listdir(folder)), []
+    classes, samples = sorted(visible(os.listdir(folder))), []
     loose = next((name for name in classes if not (folder / name).is_dir()), None)
     if loose:
         raise UserError(f"{folder / loose}: lies beside the folders of the classes; move it into one, or take it away")

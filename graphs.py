@@ -24,8 +24,8 @@ class Compiled:
     itself: compiling once more would take longer than that. Where torch.compile fails, it says so once, and everything
     goes through the function; but where the memory is full, or a CUDA graph is being recorded, the error is raised.
     Given to a module in place of its forward, it leaves all else about the module as it is. mode is torch.compile's;
-    with one that records CUDA graphs, a call that fails after others worked raises UserError: torch has left the stream
-    and its memory as they are in a recording.
+    with one that records CUDA graphs, a failure after the first call raises UserError: torch has left the stream and
+    its memory as they are in a recording.
     """
 
     def __init__(self, function, batch_size, say=print, mode=None):

@@ -72,8 +72,7 @@ def log_to(path):
     """A function that prints a line, and appends it to the file with the time."""
 
     def log(line):
-        with utils.naming("standard output"):
-            print(line, flush=True)
+        print(line, flush=True)
         with utils.naming(path), open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {line}\n")
 

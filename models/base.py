@@ -168,25 +168,25 @@ def attacker_model(arch, dataset, num_classes=10):
     return AttackerModel(model, types.SimpleNamespace(mean=mean, std=std))
 
 
-class Kind:
+class NumberType:
     """Stands for numpy.dtype in a pickle: numpy's own would believe a file that says that its bytes are pointers."""
 
     def __init__(self, code, *_):
         self.code = code
 
     def __setstate__(self, state):
-        """Ignore the byte order, and all else by which dtypes of one code can differ."""
+        self.code = state[1] + self.code  # the byte order; the rest is of no number
 
 
-def plain_number(kind, content):
+def plain_number(number_type, content):
     """Python's own number for a pickled one of numpy."""
-    return np.frombuffer(content, kind.code)[0].item()
+    return np.frombuffer(content, number_type.code)[0].item()
 
 
 # What a pickled numpy number consists of: robustness' cyclic and linear schedules leave some in a checkpoint.
 NUMPY_NUMBERS = [
     codecs.encode,
-    (Kind, "numpy.dtype"),
+    (NumberType, "numpy.dtype"),
     *((plain_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
 

@@ -164,7 +164,8 @@ def test_a_jpeg_is_turned_upright(folder):
         (lambda f: [write(f, "test/cat/f.jpg"), write(f, "test/cat/f.png/g.png")], "would be named cat/f.png"),
         (lambda f: (f / "test/cat/f.png").write_bytes(RGB16), "f.png: its pixels are RGB;16B; convert it to 8-bit"),
         (lambda f: (f / "test/cat/f.png").write_bytes(b"no image"), "f.png: cannot be read as PNG or JPEG"),
-        (lambda f: (f / "test/dog/e.png").unlink(), "test: expected a folder of images for each class"),
+        (lambda f: (f / "test/dog/e.png").unlink(), "test: expected a folder of images for each class; .* none in dog"),
+        (lambda f: [shutil.rmtree(f / "test" / name) for name in ("cat", "dog")], "for each class; it is empty"),
         (lambda f: (f / "test").rename(f / "val"), "test: no such folder; images go into .*test/<class>/"),
         (
             lambda f: [(f / "test" / name).rename(f / "test" / f".{name}") for name in ("cat", "dog")],

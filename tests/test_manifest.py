@@ -127,11 +127,13 @@ def test_files_that_do_not_belong_together(place, work, user_error, monkeypatch)
 
 def test_verify(place, locked, command, user_error, capsys):
     (locked / ".lock_mixup").mkdir()
+    (locked / ".lock_\x1b[2J").mkdir()
     for name in ("picking", "mixup"):  # is no manifest's name
         (locked / f"lock_{name}.json").write_text("{}")
     command(lock.main, "--verify", locked)
     out = capsys.readouterr().out
-    assert ".lock_mixup: an interrupted lock" in out
+    assert ".lock_mixup: an interrupted lock" in out and "\x1b" not in out
+    (locked / ".lock_\x1b[2J").rmdir()
     assert "every file of lock_50_horiz.json, lock_basic.json is as it was locked" in out
     assert out.count("base classifier, on the originals") == 4  # the report, of two splits each
     for suffix in ("50_horiz", "basic"):

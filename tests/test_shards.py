@@ -35,6 +35,9 @@ def test_what_is_written_is_on_the_disk_before_it_takes_a_place(place, locked, c
     command(lock.main, *lock_flags(place, locked), "--format", "png")
     tree = done.index("replace basic")
     assert done[tree - 1 :] == ["sync", "replace basic", "fsync", "fsync", "replace lock_basic.json", "fsync"]
+    done.clear()
+    command(lock.main, *lock_flags(place, locked), "--format", "tensor", "--overwrite")
+    assert "replace lock_basic.json" in done and "sync" not in done  # each of the other files has one of its own
 
 
 def test_a_shard_that_is_damaged_before_the_lock_is_finished(tmp_path):
