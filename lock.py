@@ -313,7 +313,6 @@ def find_sealed(args, key):
     """The Paths and the manifest of the lock to unlock: of those named, if any, that the key has sealed, the one of the
     most images."""
     locks, named = lockfiles.locks_in(args.lock_data), suffixes_of(args).values()
-    fingerprint = sealing.fingerprint(key)
     manifests = {paths: lockfiles.read_manifest(paths) for paths in locks if not named or paths.suffix in named}
     sealed = {paths: manifest for paths, manifest in manifests.items() if manifest["sealed_with"]}
     if not sealed:
@@ -323,6 +322,7 @@ def find_sealed(args, key):
             remedy = f"name another of {', '.join(others)} by --lock-method, --alpha and --lambd, or {remedy}"
         which = f" {' or '.join(named)}" if named else ""
         raise UserError(f"--lock-data {args.lock_data}: holds no sealed lock{which}; {remedy}")
+    fingerprint = sealing.fingerprint(key)
     mine = [(paths, manifest) for paths, manifest in sealed.items() if manifest["sealed_with"] == fingerprint]
     if not mine:
         keys = ", ".join(manifest["sealed_with"] for manifest in sealed.values())

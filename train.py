@@ -362,8 +362,8 @@ def run(args, config, data, manifest, folder, suffix):
             record = run_epoch(learner, step, data, epoch, config, writers, log)
             history += [record] if record else []
             keep(epoch)
-    result = runs.summary(config, suffix, args.name, history) | {"config": config, "data_sha256": data_hash}
-    result |= {"made_with": made_with, "history": history, "lock": manifest}
+    about = {"data_sha256": data_hash, "made_with": made_with, "history": history, "lock": manifest}
+    result = {**runs.summary(config, suffix, args.name, history), "config": config, **about}
     runs.finish(folder, result, writers)
     log(f"pictures (originals, locked, ten times the difference): {picture}")
     log(f"curves: tensorboard --logdir {shlex.quote(Path(args.work_path).as_posix())}")

@@ -1,6 +1,7 @@
 """The benchmark: every line can be measured, and counts the work that there is. How fast it is, no test asks."""
 
 import multiprocessing
+import re
 from contextlib import nullcontext
 
 import pytest
@@ -38,7 +39,8 @@ def test_every_line_is_measured(command, capsys, monkeypatch):
         "train preresnet8, batch 2",
         "2 at once: preresnet8, batch 2",
     ]
-    assert all(float(ratio.removesuffix("x")) > 0 for _, _, _, ratio, *_ in lines[1:])
+    ratios = [ratio for _, _, _, ratio, *_ in lines[1:]]
+    assert all(re.fullmatch(r"\d+\.\dx", ratio) and float(ratio.removesuffix("x")) > 0 for ratio in ratios)
     assert out.count("```\n") == 8  # profiles of all but the last
 
 

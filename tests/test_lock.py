@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import TqdmWarning
 
 import data
 import lock
@@ -384,7 +383,7 @@ def test_the_progress_ends_at_the_last_image(place, command, tmp_path):
     """And not a little beyond, of which tqdm warns: in floating point, fifteen fifths are more than three."""
     assert sum([1 / 5] * 15) > 3
     with warnings.catch_warnings():
-        warnings.simplefilter("error", TqdmWarning)
+        warnings.simplefilter("error")
         command(lock.main, *lock_flags(place, tmp_path), "--subset", 3, "--batch-size", 1, "--attack-steps", 4)
 
 
