@@ -29,6 +29,7 @@ from experiments import __main__ as study
 from models import base
 from tests.conftest import ROOT, call, lock_flags, make_work_path, manifest_of, run_of
 
+PAGES = [ROOT / "README.md", ROOT / "results" / "README.md", *(ROOT / "docs").glob("*.md")]
 TRAIN = ["--epochs", 4, "--batch_size", 32, "--mixup", "True", "--augmentation.cutout", "True", "--ckpt_name", "state"]
 
 
@@ -494,10 +495,24 @@ def test_the_commands_of_the_readmes_are_understood(monkeypatch):
         "-m models.base": lambda: base.parse_arguments(base.import_robustness()),
         "-m experiments": parse_experiments,
     }
-    text = "".join((ROOT / name).read_text() for name in ("README.md", "results/README.md"))
+    text = "".join(page.read_text() for page in PAGES)
     commands = re.findall(r"^python (lock\.py|train\.py|-m models\.base|-m experiments) (.*)$", text, re.MULTILINE)
     assert len(commands) > 40
     for script, flags in commands:
         if "experiments/digits/alexnet" not in flags:  # which a command before it makes
             monkeypatch.setattr(sys, "argv", [script, *shlex.split(flags)])
             parse[script]()
+
+
+def test_the_links_of_the_readmes_lead_somewhere():
+    """To a file that there is and, after a #, to one of its headings, as GitHub names their anchors."""
+    for page in PAGES:
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text)
+        assert links, page
+        for path, anchor in links:
+            target = page.parent / path if path else page
+            assert target.exists(), (page, path)
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if anchor else []
+            anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in anchors or not anchor, (page, path, anchor)
