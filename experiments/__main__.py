@@ -187,7 +187,10 @@ def main():
         where = " (--work-path results shows what was measured for the README)"
         here = where if args.work_path == ["experiments"] else ""
         raise UserError(f"{', '.join(args.work_path)}: holds no result.json; run train.py, or --run{here}")
-    print(table(groups))
+    try:
+        print(table(groups), flush=True)
+    except BrokenPipeError:  # of a program that reads no further, as head; or Python would flush it again as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if args.plot:
         plot_curves(groups, args.plot)
     if args.images:

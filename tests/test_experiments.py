@@ -108,6 +108,15 @@ def test_the_table_puts_seeds_together_beside_the_papers_numbers(results, comman
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_who_reads_the_table_may_end_early(results, tmp_path, monkeypatch, command, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        command(study.main, "--work-path", results, "--plot", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").exists() and not capsys.readouterr().err
+
+
 def test_what_is_drawn(results, monkeypatch, tmp_path):
     """In each panel a lock's locked curve, solid, and its original one, dashed, over the control's in grey."""
     figures = []
