@@ -29,7 +29,7 @@ from experiments import __main__ as study
 from models import base
 from tests.conftest import ROOT, call, lock_flags, make_work_path, manifest_of, run_of
 
-PAGES = [ROOT / "README.md", ROOT / "results" / "README.md", *(ROOT / "docs").glob("*.md")]
+PAGES = [ROOT / "README.md", *(ROOT / "results").glob("*.md"), *(ROOT / "docs").glob("*.md")]
 TRAIN = ["--epochs", 4, "--batch_size", 32, "--mixup", "True", "--augmentation.cutout", "True", "--ckpt_name", "state"]
 
 

@@ -28,6 +28,7 @@ from models import MODELS
 from tests.conftest import ROOT, config_of
 from utils import UserError, flatten
 
+MEASURED = ROOT / "results"
 RESULT = {
     "architecture": "vgg19", "dataset": "cifar10", "lock_method": "basic", "name": "", "seed": 0, "epochs": 2,
     "locked_acc": 93.0, "orig_acc": 28.0,
@@ -342,9 +343,9 @@ def test_the_readmes_say_what_the_results_say():
     A row's first cell names the run, and a column's header the rest of it (fits). Where a run's name has the eps of its
     lock, the row's second cell is how many attacks reached their target.
     """
-    rows = list(table_rows((ROOT / "README.md").read_text() + (ROOT / "results" / "README.md").read_text()))
+    rows = [row for page in [ROOT / "README.md", *MEASURED.glob("*.md")] for row in table_rows(page.read_text())]
     models = next([cell.partition(",")[0] for cell in header] for header, row in rows if header[0] == "lock")
-    groups, of_lock2 = tables.gather([ROOT / "results"]), set()
+    groups, of_lock2 = tables.gather([MEASURED]), set()
     default = {key: value for key, value in flatten(CONFIG).items() if key in set().union(*VARIANTS.values())}
     for group in groups:
         first = group[0]
@@ -378,7 +379,7 @@ def test_the_readmes_say_what_the_results_say():
 
 def test_the_readme_says_what_controls_lose():
     """By how much locked images mislead each control, and what the lock takes, where both are of the same lock."""
-    groups, expected = tables.gather([ROOT / "results"]), []
+    groups, expected = tables.gather([MEASURED]), []
     for group in groups:
         first, control = group[0], tables.control_of(group[0], groups)
         if not control or not tables.same_lock(control[0], first):
@@ -387,14 +388,14 @@ def test_the_readme_says_what_controls_lose():
             continue
         original, locked = (mean(result[key] for result in control) for key in ("orig_acc", "locked_acc"))
         lost, taken = original - locked, original - mean(result["orig_acc"] for result in group)
-        folder = next(part for part in first["folder"].relative_to(ROOT / "results").parts if part != "cifar10")
+        folder = next(part for part in first["folder"].relative_to(MEASURED).parts if part != "cifar10")
         words = [f"`{folder}`", first["architecture"], f"`{first['method']}`", first["name"] and f"`{first['name']}`"]
         name = ", ".join(word for word in words if word and word != "`basic`")
         # what is said of all of them there; in two epochs, that lock had not taken effect yet
         assert taken < 6 if lost <= 2.1 else taken > 20.5 if lost >= 8 else 2 < taken < 72 or first["name"] == "2epochs"
         expected.append((lost, [name, f"{lost:.1f}", f"{taken:.1f}"]))
     assert len(expected) == 47
-    rows = table_rows((ROOT / "results" / "README.md").read_text())
+    rows = table_rows((MEASURED / "models.md").read_text())
     assert [row for header, row in rows if header[1] == "a control loses"] == [row for _, row in sorted(expected)]
 
 
